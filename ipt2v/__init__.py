@@ -1,0 +1,1 @@
+"""What to compute: identity-preserving videos from (photo, prompt) pairs. Knows files and torch ranks, never a scheduler."""

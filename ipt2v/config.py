@@ -1,0 +1,192 @@
+"""What to make, from YAML: RunConfig holds everything that may change a pixel, and nothing that may not.
+
+Strict: an unknown key is an error that names the nearest known one. Knows no paths of weights or runs, no scheduler.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Settings(BaseModel):
+    """One block of a settings file: frozen, and no key that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TestsetConfig(Settings):
+    """Where the (photo, prompt) pairs are; their content, not their place, is in the run's digest."""
+
+    path: str
+    format: str = "auto"
+
+
+class DecoupleConfig(Settings):
+    """The LLM that splits a prompt into a spatial and a temporal one."""
+
+    model: str = "Qwen3-8B"
+    dtype: Dtype = "bfloat16"
+    temperature: float = Field(0.1, ge=0)  # 0 is greedy
+    top_p: float = Field(0.9, gt=0, le=1)
+    max_new_tokens: int = Field(1000, ge=1)
+    batch_size: int = Field(1, ge=1)  # above 1 an answer may depend, in its last bits, on its batch-mates' lengths
+    spatial_template: str = "spatial"  # a name in ipt2v/prompts, or a path to a text file with {prompt}
+    temporal_template: str = "temporal"
+
+
+class PictureSize(Settings):
+    """Width and height in pixels of what a diffusion model makes."""
+
+    width: int = Field(832, ge=16)
+    height: int = Field(480, ge=16)
+
+    @field_validator("width", "height")
+    @classmethod
+    def _multiple_of_16(cls, pixels: int) -> int:
+        # 16 = VAE factor 8 x patch 2, for VACE and for what it is given as first frame (diffusers' WanVACEPipeline.check_inputs)
+        if pixels % 16:
+            below = pixels // 16 * 16
+            raise ValueError(f"{pixels} is not a multiple of 16; nearest are {below} and {below + 16}")
+        return pixels
+
+
+class FirstFrameConfig(PictureSize):
+    """SDXL, as it paints the first frame."""
+
+    model: str = "RealVisXL_V4.0"
+    dtype: Dtype = "float16"
+    num_inference_steps: int = Field(20, ge=1)
+    guidance_scale: float = Field(5.0, ge=1)
+    negative_prompt: str = ""
+
+
+class VideoConfig(PictureSize):
+    """VACE, as it animates the first frame, and the MP4 that is delivered."""
+
+    model: str = "Wan2.1-VACE-14B-diffusers"
+    dtype: Dtype = "bfloat16"
+    vae_dtype: Dtype = "float32"
+    num_frames: int = Field(81, ge=5)
+    fps: int = Field(16, ge=1)
+    num_inference_steps: int = Field(50, ge=1)
+    guidance_scale: float = Field(5.0, ge=1)
+    flow_shift: float = Field(3.0, gt=0)
+    conditioning_scale: float = Field(1.0, ge=0)
+    negative_prompt: str = ""
+    max_text_tokens: int = Field(512, ge=1)  # diffusers' WanVACEPipeline: max_sequence_length=512
+    crf: Annotated[int, Field(ge=0, le=51)] = 18
+
+    @field_validator("num_frames")
+    @classmethod
+    def _four_n_plus_one(cls, num_frames: int) -> int:
+        if num_frames % 4 != 1:  # the Wan VAE keeps frame 0 and folds each further 4 (vae_stride[0] = 4, Wan2.1 wan_t2v_14B.py)
+            below = (num_frames - 1) // 4 * 4 + 1
+            raise ValueError(f"{num_frames} is not 4n+1; nearest are {below} and {below + 4}")
+        return num_frames
+
+
+class RunConfig(Settings):
+    """Everything that may change a pixel of a run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    seed: int = 2025
+    testset: TestsetConfig
+    decouple: DecoupleConfig = DecoupleConfig()
+    first_frame: FirstFrameConfig = FirstFrameConfig()
+    video: VideoConfig = VideoConfig()
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def load_settings(kind: type[SettingsT], path: Path, overrides: tuple[str, ...] = ()) -> SettingsT:
+    """The settings in a YAML file, with `key.sub=value` overrides on top.
+
+    Raises ValueError, one line, naming file and key, if the file is absent, no YAML mapping, or does not fit `kind`.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such settings file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: found {type(values).__name__}, expected a mapping of keys to values")
+    for override in overrides:
+        _set_value(values, override)
+    return parse_settings(kind, values, where=str(path))
+
+
+def parse_settings(kind: type[SettingsT], values: dict[str, Any], *, where: str) -> SettingsT:
+    """`values` as `kind`; ValueError in one line if they do not fit."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_first_problem(kind, error)}") from None
+
+
+def dump_settings(settings: Settings) -> str:
+    """YAML text that load_settings turns into equal settings, every default written out."""
+    return yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def run_digest(config: RunConfig, *, manifest_digest: str, weights: dict[str, str]) -> str:
+    """64 hex digits over what may change a pixel: settings, the test set's content, the weights' content.
+
+    The run's name and the test set's place are left out: renaming or moving makes no other video.
+    """
+    pixels = config.model_dump(exclude={"name": True, "testset": True})
+    text = json.dumps({"config": pixels, "manifest": manifest_digest, "weights": weights}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _set_value(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        raise ValueError(f"override {override!r}: expected key.sub=value, for example video.num_frames=49")
+    *blocks, last = name.split(".")
+    for block in blocks:
+        values = values.setdefault(block, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"override {override!r}: {block} is a value, not a block of keys")
+    values[last] = yaml.safe_load(text)
+
+
+def _first_problem(kind: type[Settings], error: ValidationError) -> str:
+    problem = error.errors()[0]
+    name = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = known_keys(kind)
+        return f"{name}: unknown key; {nearest(name, known)}"
+    if problem["type"] == "missing":
+        return f"{name}: missing; add it"
+    text = problem["msg"].removeprefix("Value error, ")
+    return f"{name}: {text}" if problem["type"] == "value_error" else f"{name}: found {problem['input']!r}; {text}"
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """"nearest known key is X", or the list of all when none is near."""
+    last = {key.rpartition(".")[2]: key for key in known}
+    matches = difflib.get_close_matches(name, known, 1, 0.75) or [
+        last[key] for key in difflib.get_close_matches(name.rpartition(".")[2], list(last), 1, 0.6)
+    ]
+    return f"nearest known key is {matches[0]}" if matches else f"known: {', '.join(known)}"
+
+
+def known_keys(kind: type[Settings], prefix: str = "") -> list[str]:
+    """Every key of `kind` as key.sub."""
+    keys = []
+    for name, field in kind.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,151 @@
+"""Records <-> HDF5. One closed file per record, sealed into one file per shard; knows nothing of run folders or torch.
+
+Layout of both kinds of file:
+    /items/<identity>/<prompt_id>   group of one record; attributes hold its texts and `provenance` (JSON)
+    /texts/<digest>                 one text embedding [L,D]; a sealed shard holds each distinct one once
+    /keys                           sealed shards only: the keys inside, one a line, so that counting opens no group
+
+HDF5 files that are appended to do not survive a kill, and files on shared disks must have one writer; hence closed parts,
+renamed into place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from ipt2v.atomic import replacing
+from ipt2v.records import FirstFrame, Provenance, TextEmbedding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoLatents:
+    """The committed record of a video: what its frames were, or can again be, decoded from."""
+
+    key: str
+    latents_CTHW: NDArray[np.float32]
+
+
+def save_first_frame(path: Path, record: FirstFrame, provenance: Provenance) -> None:
+    """Write one first frame with its prompts and text embeddings as a closed part."""
+    with _new_file(path) as file:
+        group = _item_group(file, record.key, provenance)
+        for name in ("subject", "spatial_prompt", "temporal_prompt", "attempts"):
+            group.attrs[name] = getattr(record, name)
+        group.attrs["similarity"] = np.nan if record.similarity is None else record.similarity
+        group.attrs["temporal_text"] = _save_text(file, record.temporal)
+        group.attrs["negative_text"] = _save_text(file, record.negative)
+        group.create_dataset("image", data=record.image_HWC, compression="gzip", shuffle=True)
+
+
+def load_first_frame(path: Path, key: str, *, run_digest: str) -> FirstFrame:
+    """The first frame `key` of a part or sealed shard. Raises ValueError if another run made it, KeyError if not there."""
+    with _item(path, key, run_digest) as (file, group):
+        similarity = float(group.attrs["similarity"])
+        return FirstFrame(
+            key=key,
+            subject=group.attrs["subject"],
+            spatial_prompt=group.attrs["spatial_prompt"],
+            temporal_prompt=group.attrs["temporal_prompt"],
+            image_HWC=group["image"][...],
+            similarity=None if np.isnan(similarity) else similarity,
+            attempts=int(group.attrs["attempts"]),
+            temporal=_load_text(file, group.attrs["temporal_text"]),
+            negative=_load_text(file, group.attrs["negative_text"]),
+        )
+
+
+def save_video_latents(path: Path, record: VideoLatents, provenance: Provenance) -> None:
+    """Write one video's latents, [C,T,H,W] float32, as a closed part."""
+    with _new_file(path) as file:
+        _item_group(file, record.key, provenance).create_dataset("latents", data=record.latents_CTHW)
+
+
+def load_video_latents(path: Path, key: str, *, run_digest: str) -> VideoLatents:
+    """The latents of video `key`. Raises ValueError if another run made it, KeyError if not there."""
+    with _item(path, key, run_digest) as (_, group):
+        return VideoLatents(key=key, latents_CTHW=group["latents"][...])
+
+
+def load_provenance(path: Path, key: str, *, run_digest: str) -> Provenance:
+    """How record `key` came to be. Raises ValueError if another run made it, KeyError if it is not there."""
+    with _item(path, key, run_digest) as (_, group):
+        return Provenance(**json.loads(group.attrs["provenance"]))
+
+
+def seal(shard: Path, parts: Iterable[tuple[str, Path]]) -> None:
+    """Write the records (key, file that holds it) into one shard file; a source may be a part or the shard's older form."""
+    with _new_file(shard) as target:
+        keys = []
+        for key, source in parts:
+            with _open(source) as file:
+                group = file[f"items/{key}"]
+                file.copy(group, target.require_group(f"items/{key}".rpartition("/")[0]), name=key.rpartition("/")[2])
+                for name in [group.attrs[name] for name in ("temporal_text", "negative_text") if name in group.attrs]:
+                    if f"texts/{name}" not in target:
+                        file.copy(file[f"texts/{name}"], target.require_group("texts"), name=name)
+            keys.append(key)
+        target.create_dataset("keys", data=np.frombuffer("\n".join(keys).encode() or b"\n", dtype=np.uint8))
+
+
+def sealed_keys(shard: Path) -> tuple[str, ...]:
+    """The keys in a sealed shard, in its order."""
+    with _open(shard) as file:
+        return tuple(file["keys"][...].tobytes().decode().split())
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[h5py.File]:
+    with replacing(path) as scratch, h5py.File(scratch, "w") as file:
+        yield file
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[h5py.File]:
+    try:
+        # locking=False: the file is closed and never written again, and shared disks without flock refuse the lock
+        file = h5py.File(path, "r", locking=False)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path}: not a readable HDF5 file ({error}); delete it and submit again to make it anew") from error
+    with file:
+        yield file
+
+
+@contextmanager
+def _item(path: Path, key: str, run_digest: str) -> Iterator[tuple[h5py.File, h5py.Group]]:
+    with _open(path) as file:
+        group = file[f"items/{key}"]
+        found = json.loads(group.attrs["provenance"])["run_digest"]
+        if found != run_digest:
+            raise ValueError(
+                f"{path}: record {key} was made by run {found[:12]}, expected {run_digest[:12]}; "
+                "move it away, or use the run folder that it belongs to"
+            )
+        yield file, group
+
+
+def _item_group(file: h5py.File, key: str, provenance: Provenance) -> h5py.Group:
+    group = file.create_group(f"items/{key}")
+    group.attrs["provenance"] = json.dumps(asdict(provenance))
+    return group
+
+
+def _save_text(file: h5py.File, text: TextEmbedding) -> str:
+    name = f"texts/{text.digest}"
+    if name not in file:
+        file.create_dataset(name, data=text.embedding_LD).attrs["text"] = text.text
+    return text.digest
+
+
+def _load_text(file: h5py.File, digest: str) -> TextEmbedding:
+    dataset = file[f"texts/{digest}"]
+    return TextEmbedding(text=dataset.attrs["text"], embedding_LD=dataset[...])

@@ -1,0 +1,102 @@
+"""The values that travel between stages: frozen, typed, stdlib + numpy.
+
+Knows nothing of files, torch or schedulers. Shape legend: T frames, H height, W width, C=3 RGB, L tokens, D width of a text
+embedding; latents are [C,T,H,W] of the video VAE.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class ItemError(Exception):
+    """This item cannot be made, its neighbours can. The text is the reason that the failure record keeps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """One pair to make: a reference photo and a prompt."""
+
+    identity: str
+    prompt_id: str
+    prompt: str
+    reference: str  # absolute path of the photo
+    reference_sha256: str  # of the photo's bytes, so that a run knows when somebody has changed it
+
+    @property
+    def key(self) -> str:
+        return f"{self.identity}/{self.prompt_id}"
+
+
+def item_seed(base_seed: int, key: str, purpose: str) -> int:
+    """Seed of one random draw, 0..2**63-1: from what is drawn, never from rank, order, shard or time.
+
+    `purpose` ("paint", "video", ...) keeps the draws of one item independent of each other.
+    """
+    digest = hashlib.sha256(f"{base_seed}\0{purpose}\0{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1  # torch.Generator.manual_seed takes a signed 64-bit number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextEmbedding:
+    """The video model's view of one text, without padding."""
+
+    text: str
+    embedding_LD: NDArray[np.float32] | NDArray[np.uint16]  # uint16 holds the bits of bfloat16
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirstFrame:
+    """What array 1 gives to array 2 for one item."""
+
+    key: str
+    subject: str  # "A man", "A woman" or "A person"
+    spatial_prompt: str
+    temporal_prompt: str
+    image_HWC: NDArray[np.uint8]  # 0..255 RGB
+    similarity: float | None  # ArcFace cosine to the reference, -1..1; None if no face was compared
+    attempts: int  # paintings made to choose from
+    temporal: TextEmbedding
+    negative: TextEmbedding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Video:
+    """One finished video. Not `Clip`: CLIP is a metric here."""
+
+    key: str
+    frames_THWC: NDArray[np.uint8]  # 0..255 RGB
+    fps: int
+    latents_CTHW: NDArray[np.float32]  # the VAE's latents that frames were decoded from
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """An item that a stage could not make, and why."""
+
+    key: str
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """How a record came to be; saved beside it."""
+
+    run_digest: str
+    code_version: str
+    weights: dict[str, str]  # folder name -> fingerprint of its files
+    packages: dict[str, str]  # name -> version of what computes
+    seed: int
+    seconds: float  # wall time spent on this record
+    device: str
+    num_ranks: int
+    created: str  # UTC, ISO 8601

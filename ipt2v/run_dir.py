@@ -1,0 +1,192 @@
+"""Where everything of one run lies, and what of it is done. A file under its final name is complete; there is no other mark.
+
+    config.yaml  manifest.jsonl  environment.json  shards/000.jsonl    frozen once; jobs read only these
+    first_frame/parts/<key>.h5 -> first_frame/000.h5                   one record, sealed when its shard is done
+    video/<key>.mp4  video/parts/<key>.h5 -> video/000.h5              the delivered file; latents and provenance beside it
+    failure/<stage>/<key>.json                                         an item that cannot be made, and why
+    package/  jobs/<stage>/                                            the leaderboard's zip; submitit's pickles and logs
+
+Knows nothing of torch, models or schedulers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ipt2v import hdf5
+from ipt2v.atomic import write_text
+from ipt2v.config import RunConfig, load_settings, run_digest
+from ipt2v.manifest import manifest_digest, read_manifest
+from ipt2v.records import Failure, Item
+
+STAGES = ("first_frame", "video")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Environment:
+    """What a run was frozen with and config.yaml does not say."""
+
+    run_digest: str
+    manifest_digest: str
+    weights_dir: str
+    weights: dict[str, str]  # folder name -> fingerprint
+    testset_format: str
+    num_shards: int
+    code_version: str
+    packages: dict[str, str]
+    created: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCount:
+    """Progress of one stage of one shard."""
+
+    stage: str
+    shard: int
+    done: int
+    failed: int
+    missing: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """One run folder: every path in it is a property or method of this class."""
+
+    root: Path
+
+    @property
+    def config_path(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.root / "manifest.jsonl"
+
+    @property
+    def environment_path(self) -> Path:
+        return self.root / "environment.json"
+
+    def shard_path(self, shard: int) -> Path:
+        return self.root / "shards" / f"{shard:03d}.jsonl"
+
+    def part_path(self, stage: str, key: str) -> Path:
+        return self.root / stage / "parts" / f"{key}.h5"
+
+    def sealed_path(self, stage: str, shard: int) -> Path:
+        return self.root / stage / f"{shard:03d}.h5"
+
+    def mp4_path(self, key: str) -> Path:
+        return self.root / "video" / f"{key}.mp4"
+
+    def failure_path(self, stage: str, key: str) -> Path:
+        return self.root / "failure" / stage / f"{key}.json"
+
+    def jobs_path(self, stage: str) -> Path:
+        return self.root / "jobs" / stage
+
+    @property
+    def package_path(self) -> Path:
+        return self.root / "package"
+
+    def environment(self) -> Environment:
+        """What the run was frozen with. Raises ValueError if this is no run folder."""
+        try:
+            return Environment(**json.loads(self.environment_path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise ValueError(f"{self.root}: not a run folder (no environment.json); `ipt2v submit CONFIG` makes one") from None
+
+    def config(self) -> RunConfig:
+        """The frozen settings. Raises ValueError, naming both digests, if somebody has changed them since."""
+        config, environment = load_settings(RunConfig, self.config_path), self.environment()
+        found = run_digest(config, manifest_digest=environment.manifest_digest, weights=environment.weights)
+        self._check_digest("config.yaml", found, environment.run_digest)
+        return config
+
+    def manifest(self) -> tuple[Item, ...]:
+        """Every item of the run. Raises ValueError, naming both digests, if somebody has changed the list since."""
+        items = read_manifest(self.manifest_path)
+        self._check_digest("manifest.jsonl", manifest_digest(items), self.environment().manifest_digest)
+        return items
+
+    def shard(self, shard: int) -> tuple[Item, ...]:
+        """The items of one shard. Raises ValueError for a shard that the run does not have."""
+        num_shards = self.environment().num_shards
+        if not 0 <= shard < num_shards:
+            raise ValueError(f"{self.root}: no shard {shard}; the run has {num_shards}: 0..{num_shards - 1}")
+        return read_manifest(self.shard_path(shard))
+
+    def record_path(self, stage: str, shard: int, key: str) -> Path:
+        """The file that holds record `key`: its part, or the sealed shard. Raises KeyError if neither does."""
+        part = self.part_path(stage, key)
+        if part.exists():
+            return part
+        sealed = self.sealed_path(stage, shard)
+        if sealed.exists() and key in hdf5.sealed_keys(sealed):
+            return sealed
+        raise KeyError(f"{self.root}: no {stage} record of {key}")
+
+    def recorded(self, stage: str, shard: int, items: Iterable[Item]) -> set[str]:
+        """Keys of the items that have a record in `stage`. Opens the sealed shard only, never a part."""
+        sealed = self.sealed_path(stage, shard)
+        keys = set(hdf5.sealed_keys(sealed)) if sealed.exists() else set()
+        return keys | _names(self.root / stage / "parts", {item.identity for item in items}, ".h5")
+
+    def failed(self, stage: str, items: Iterable[Item]) -> set[str]:
+        """Keys of the items that have a failure record in `stage`."""
+        return _names(self.root / "failure" / stage, {item.identity for item in items}, ".json")
+
+    def done(self, stage: str, shard: int, items: Iterable[Item]) -> set[str]:
+        """Keys of the items that `stage` has finished; a video counts when its MP4 is there too."""
+        recorded = self.recorded(stage, shard, items)
+        return recorded & _names(self.root / "video", {item.identity for item in items}, ".mp4") if stage == "video" else recorded
+
+    def count(self, stage: str, shard: int, items: tuple[Item, ...]) -> StageCount:
+        """Progress of a shard. An item that failed in an earlier stage has failed in the later ones."""
+        keys = {item.key for item in items}
+        done = self.done(stage, shard, items) & keys
+        failed = set().union(*(self.failed(earlier, items) for earlier in STAGES[: STAGES.index(stage) + 1])) & keys - done
+        return StageCount(stage=stage, shard=shard, done=len(done), failed=len(failed), missing=len(keys - done - failed))
+
+    def save_failure(self, failure: Failure) -> None:
+        write_text(self.failure_path(failure.stage, failure.key), json.dumps(asdict(failure), indent=1) + "\n")
+
+    def failures(self) -> list[Failure]:
+        """Every failure record of the run, in order of stage and key."""
+        paths = sorted((self.root / "failure").glob("*/*/*.json"))
+        return [Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+
+    def _check_digest(self, name: str, found: str, expected: str) -> None:
+        if found != expected:
+            raise ValueError(
+                f"{self.root}/{name}: digest {found[:12]}, but the run was frozen as {expected[:12]}; "
+                "restore the file, or submit the changed settings as a new run"
+            )
+
+
+def seal_shard(run: RunDir, stage: str, shard: int, items: tuple[Item, ...]) -> None:
+    """Merge the parts of a shard into its sealed file and drop them; a shard that is already so is left alone."""
+    parts = [item.key for item in items if run.part_path(stage, item.key).exists()]
+    if not parts:
+        return
+    recorded = run.recorded(stage, shard, items)
+    sources = [(item.key, run.record_path(stage, shard, item.key)) for item in items if item.key in recorded]
+    hdf5.seal(run.sealed_path(stage, shard), sources)
+    for key in parts:
+        run.part_path(stage, key).unlink(missing_ok=True)
+
+
+def _names(folder: Path, identities: Iterable[str], suffix: str) -> set[str]:
+    """identity/name of the files folder/<identity>/<name><suffix>; scratch files, which start with a dot, are none."""
+    keys = set()
+    for identity in identities:
+        try:
+            with os.scandir(folder / identity) as entries:
+                names = [entry.name for entry in entries]
+        except FileNotFoundError:
+            continue
+        keys.update(f"{identity}/{name.removesuffix(suffix)}" for name in names if name.endswith(suffix) and name[0] != ".")
+    return keys
