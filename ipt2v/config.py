@@ -39,7 +39,7 @@ class DecoupleConfig(Settings):
     top_p: float = Field(0.9, gt=0, le=1)
     max_new_tokens: int = Field(1000, ge=1)
     batch_size: int = Field(1, ge=1)  # above 1 an answer may depend, in its last bits, on its batch-mates' lengths
-    spatial_template: str = "spatial"  # a name in ipt2v/prompts, or a path to a text file with {prompt}
+    spatial_template: str = "spatial"  # a name in ipt2v/prompts, a path to a text file with {prompt}, or the text; frozen as text
     temporal_template: str = "temporal"
 
 

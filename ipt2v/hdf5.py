@@ -14,23 +14,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import h5py
 import numpy as np
-from numpy.typing import NDArray
 
 from ipt2v.atomic import replacing
-from ipt2v.records import FirstFrame, Provenance, TextEmbedding
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VideoLatents:
-    """The committed record of a video: what its frames were, or can again be, decoded from."""
-
-    key: str
-    latents_CTHW: NDArray[np.float32]
+from ipt2v.records import FirstFrame, Provenance, TextEmbedding, VideoLatents
 
 
 def save_first_frame(path: Path, record: FirstFrame, provenance: Provenance) -> None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+RecordT = TypeVar("RecordT")
 
 
 class ItemError(Exception):
@@ -69,13 +72,20 @@ class FirstFrame:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VideoLatents:
+    """The committed record of a video: what its frames were, or can again be, decoded from."""
+
+    key: str
+    latents_CTHW: NDArray[np.float32]  # as the transformer left them, before the VAE's mean and standard deviation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Video:
     """One finished video. Not `Clip`: CLIP is a metric here."""
 
     key: str
     frames_THWC: NDArray[np.uint8]  # 0..255 RGB
     fps: int
-    latents_CTHW: NDArray[np.float32]  # the VAE's latents that frames were decoded from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,3 +110,12 @@ class Provenance:
     device: str
     num_ranks: int
     created: str  # UTC, ISO 8601
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made(Generic[RecordT]):
+    """A record as a stage yields it, with what its provenance cannot know otherwise."""
+
+    record: RecordT
+    seed: int
+    seconds: float

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 TOY_MARK = "TOY.txt"  # a folder with this file may be replaced, one without it may be somebody's real weights
 _TOY_NOTE = "Random toy weights in the layout of {name}: they load and run like the real ones, and make noise.\n"
+
+_SPACE = "\u0120"  # what byte-level BPE writes for the byte 32
 
 # The words that the toy tokenizers know whole, and that the toy language model speaks.
 _SENTENCES = """
@@ -91,6 +94,8 @@ def _replace(folder: Path, *, seed: int) -> None:
             torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             _WRITERS[folder.name](new)
         (new / TOY_MARK).write_text(_TOY_NOTE.format(name=folder.name), encoding="utf-8")
+        for path in new.rglob("*.safetensors"):
+            path.chmod((new / TOY_MARK).stat().st_mode)  # safetensors 0.8 writes files that only their owner can read
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -102,44 +107,44 @@ def _replace(folder: Path, *, seed: int) -> None:
 # ---------------------------------------------------------------------------------------------------- Qwen3
 
 
+_QWEN3_CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "initializer_range": 0.02,
+    "intermediate_size": 128,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 2,
+    "model_type": "qwen3",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+}
+
+
 def _write_qwen3(folder: Path) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     words, ids = _write_qwen3_tokenizer(folder)
-    config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"],
-        "head_dim": 16,
-        "hidden_act": "silu",
-        "hidden_size": 64,
-        "initializer_range": 0.02,
-        "intermediate_size": 128,
-        "max_position_embeddings": 40960,
-        "max_window_layers": 2,
-        "model_type": "qwen3",
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 1000000,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        "transformers_version": "4.51.0",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": -(-len(ids) // 64) * 64,  # padded like the published one
-    }
+    end_of_turn, end_of_text = ids["<|im_end|>"], ids["<|endoftext|>"]
+    vocab_size = -(-len(ids) // 64) * 64  # the published one is padded too
+    config = _QWEN3_CONFIG | {"bos_token_id": end_of_text, "eos_token_id": end_of_turn, "vocab_size": vocab_size}
     model = Qwen3ForCausalLM(Qwen3Config(**config))
-    _make_it_speak(model, words, eos=ids["<|im_end|>"])
-    model.save_pretrained(folder)
-    _write_json(folder / "config.json", config)
-    ends = {"bos_token_id": ids["<|endoftext|>"], "pad_token_id": ids["<|endoftext|>"]}
-    ends |= {"eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]]}
+    _make_it_speak(model, words, end=end_of_turn)
+    _save(folder, model, config)
+    ends = {"bos_token_id": end_of_text, "eos_token_id": [end_of_turn, end_of_text], "pad_token_id": end_of_text}
     sampling = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
     _write_json(folder / "generation_config.json", ends | sampling | {"transformers_version": "4.51.0"})
 
@@ -148,7 +153,7 @@ def _write_qwen3_tokenizer(folder: Path) -> tuple[list[int], dict[str, int]]:
     """Ids of the whole words (with their leading space), and the id of every token."""
     from transformers import Qwen2Tokenizer
 
-    vocab, merges = _byte_level_bpe(Qwen2Tokenizer(vocab={}).backend_tokenizer, end_of_word="")
+    vocab, merges = _byte_level_bpe(prefix=_SPACE)
     added = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     ids = {token: index for index, token in enumerate([*vocab, *added])}
     _write_json(folder / "vocab.json", {token: ids[token] for token in vocab})
@@ -176,31 +181,28 @@ def _write_qwen3_tokenizer(folder: Path) -> tuple[list[int], dict[str, int]]:
         },
     )
     Qwen2Tokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
-    # byte-level BPE writes a leading space as U+0120
-    return [ids[token] for token in vocab if token[:1] == "\u0120" and token[1:] in _words()], ids
+    return [ids[_SPACE + word] for word in _words() if word.isalpha()], ids
 
 
-def _make_it_speak(model: Any, words: Sequence[int], *, eos: int) -> None:
+def _make_it_speak(model: Any, words: Sequence[int], *, end: int) -> None:
     """Whole words are likely, the end comes after some tens of them, and all else is as good as impossible.
 
     The output layer has no bias. So channel 0 of the residual stream is kept constant, and its column is the bias.
     """
     import torch
 
+    _give_strength(model, gain=1.5)
     for layer in model.model.layers:
-        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            torch.nn.init.normal_(linear.weight, std=1.5 / math.sqrt(linear.in_features))
-            linear.weight[0] = 0.0
-        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
-            torch.nn.init.normal_(linear.weight, std=1.5 / math.sqrt(linear.in_features))
-        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
-            torch.nn.init.normal_(linear.weight, std=1.5 / math.sqrt(linear.in_features))
-    torch.nn.init.normal_(model.model.embed_tokens.weight)
-    model.model.embed_tokens.weight[:, 0] = 4.0
-    torch.nn.init.normal_(model.lm_head.weight, std=0.25)
+        layer.self_attn.o_proj.weight[0] = 0.0
+        layer.mlp.down_proj.weight[0] = 0.0
+        layer.self_attn.q_norm.weight.fill_(4.0)  # sharp attention: each step looks at other words, so it says others
+    embedding = model.model.embed_tokens.weight.normal_()
+    embedding[:, 0] = 4.0
+    # minus the embedding: a word is unlikely to follow itself
+    model.lm_head.weight.normal_(std=0.25).sub_(0.15 * embedding)
     bias = torch.full((model.config.vocab_size,), -20.0)
     bias[list(words)] = 0.0
-    bias[eos] = 1.0
+    bias[end] = 2.0
     model.lm_head.weight[:, 0] = bias
 
 
@@ -208,7 +210,7 @@ def _make_it_speak(model: Any, words: Sequence[int], *, eos: int) -> None:
 
 
 def _write_realvisxl(folder: Path) -> None:
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     vocab_size = _write_clip_tokenizer(folder / "tokenizer", pad="<|endoftext|>")
@@ -218,21 +220,7 @@ def _write_realvisxl(folder: Path) -> None:
     EulerDiscreteScheduler(
         beta_end=0.012, beta_schedule="scaled_linear", beta_start=0.00085, steps_offset=1, timestep_spacing="leading"
     ).save_pretrained(folder / "scheduler")
-    UNet2DConditionModel(
-        sample_size=128,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(16, 32, 32),
-        layers_per_block=2,
-        transformer_layers_per_block=(1, 1, 2),
-        attention_head_dim=(2, 4, 4),
-        cross_attention_dim=64,  # 32 of each text encoder
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=80,  # 32 of the pooled text + 6 numbers x 8
-        norm_num_groups=8,
-    ).save_pretrained(folder / "unet")
+    _write_unet(folder / "unet")
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -244,18 +232,38 @@ def _write_realvisxl(folder: Path) -> None:
     )
     _give_contrast(vae, latent_shape=(1, 4, 16, 16))
     vae.save_pretrained(folder / "vae")
-    parts = {name: "CLIPTokenizer" for name in ("tokenizer", "tokenizer_2")}
+    parts = {"tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer"}
     parts |= {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
     parts |= {"scheduler": "EulerDiscreteScheduler", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
     _write_model_index(folder, "StableDiffusionXLPipeline", parts, {"force_zeros_for_empty_prompt": True})
 
 
+def _write_unet(folder: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=128,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(16, 16, 32),
+        layers_per_block=2,
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(2, 2, 4),
+        cross_attention_dim=64,  # 32 of each text encoder
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=80,  # 32 of the pooled text + 6 numbers x 8
+        norm_num_groups=8,
+    )
+    _give_strength(unet)
+    unet.save_pretrained(folder)
+
+
 def _write_clip_tokenizer(folder: Path, *, pad: str) -> int:
     """Number of tokens."""
-    from transformers import CLIPTokenizer
-
     folder.mkdir()
-    vocab, merges = _byte_level_bpe(CLIPTokenizer().backend_tokenizer, end_of_word="</w>")
+    vocab, merges = _byte_level_bpe(suffix="</w>")
     # the end must have the largest id: CLIP pools at the argmax of the ids
     tokens = [*vocab, "<|startoftext|>", "<|endoftext|>"]
     _write_json(folder / "vocab.json", {token: index for index, token in enumerate(tokens)})
@@ -293,8 +301,7 @@ def _write_clip_text(folder: Path, model_class: Any, vocab_size: int, *, act: st
         "transformers_version": "4.31.0",
         "vocab_size": vocab_size,
     }
-    model_class(CLIPTextConfig(**config)).save_pretrained(folder)
-    _write_json(folder / "config.json", config)
+    _save(folder, model_class(CLIPTextConfig(**config)), config)
 
 
 # ---------------------------------------------------------------------------------------------------- VACE
@@ -308,7 +315,7 @@ def _write_vace(folder: Path, *, num_heads: int, num_layers: int) -> None:
     UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
     ).save_pretrained(folder / "scheduler")
-    WanVACETransformer3DModel(
+    transformer = WanVACETransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=num_heads,
         attention_head_dim=12,
@@ -323,7 +330,9 @@ def _write_vace(folder: Path, *, num_heads: int, num_layers: int) -> None:
         rope_max_seq_len=1024,
         vace_layers=[0, 2],
         vace_in_channels=96,  # 16 kept + 16 to be made + 8 x 8 pixels of the mask
-    ).save_pretrained(folder / "transformer")
+    )
+    _give_strength(transformer)
+    transformer.save_pretrained(folder / "transformer")
     vae = AutoencoderKLWan(
         base_dim=4, z_dim=16, dim_mult=[1, 1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True]
     )
@@ -347,47 +356,48 @@ def _write_t5_tokenizer(folder: Path) -> int:
     tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
     names = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     _write_json(folder / "special_tokens_map.json", names)
-    settings = {"clean_up_tokenization_spaces": False, "extra_ids": 0, "model_max_length": 512, "sp_model_kwargs": {}}
+    settings = {"clean_up_tokenization_spaces": False, "extra_ids": 0, "model_max_length": int(1e30), "sp_model_kwargs": {}}
     _write_json(folder / "tokenizer_config.json", names | settings | {"tokenizer_class": "T5Tokenizer"})
     return len(vocab)
+
+
+_UMT5_CONFIG = {
+    "architectures": ["UMT5EncoderModel"],
+    "classifier_dropout": 0.0,
+    "d_ff": 64,
+    "d_kv": 8,
+    "d_model": 32,
+    "decoder_start_token_id": 0,
+    "dense_act_fn": "gelu_new",
+    "dropout_rate": 0.1,
+    "eos_token_id": 1,
+    "feed_forward_proj": "gated-gelu",
+    "initializer_factor": 1.0,
+    "is_encoder_decoder": True,
+    "is_gated_act": True,
+    "layer_norm_epsilon": 1e-06,
+    "model_type": "umt5",
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "num_layers": 2,
+    "output_past": True,
+    "pad_token_id": 0,
+    "relative_attention_max_distance": 128,
+    "relative_attention_num_buckets": 32,
+    "scalable_attention": True,
+    "tie_word_embeddings": False,
+    "tokenizer_class": "T5Tokenizer",
+    "torch_dtype": "float32",
+    "transformers_version": "4.49.0",
+    "use_cache": True,
+}
 
 
 def _write_umt5(folder: Path, vocab_size: int) -> None:
     from transformers import UMT5Config, UMT5EncoderModel
 
-    config = {
-        "architectures": ["UMT5EncoderModel"],
-        "classifier_dropout": 0.0,
-        "d_ff": 64,
-        "d_kv": 8,
-        "d_model": 32,
-        "decoder_start_token_id": 0,
-        "dense_act_fn": "gelu_new",
-        "dropout_rate": 0.1,
-        "eos_token_id": 1,
-        "feed_forward_proj": "gated-gelu",
-        "initializer_factor": 1.0,
-        "is_encoder_decoder": True,
-        "is_gated_act": True,
-        "layer_norm_epsilon": 1e-06,
-        "model_type": "umt5",
-        "num_decoder_layers": 2,
-        "num_heads": 4,
-        "num_layers": 2,
-        "output_past": True,
-        "pad_token_id": 0,
-        "relative_attention_max_distance": 128,
-        "relative_attention_num_buckets": 32,
-        "scalable_attention": True,
-        "tie_word_embeddings": False,
-        "tokenizer_class": "T5Tokenizer",
-        "torch_dtype": "float32",
-        "transformers_version": "4.49.0",
-        "use_cache": True,
-        "vocab_size": vocab_size,
-    }
-    UMT5EncoderModel(UMT5Config(**config)).save_pretrained(folder)
-    _write_json(folder / "config.json", config)
+    config = _UMT5_CONFIG | {"vocab_size": vocab_size}
+    _save(folder, UMT5EncoderModel(UMT5Config(**config)), config)
 
 
 # ---------------------------------------------------------------------------------------------------- shared
@@ -398,31 +408,57 @@ def _words() -> list[str]:
     return sorted(set(_SENTENCES.replace(",", " , ").replace(".", " . ").split()))
 
 
-def _byte_level_bpe(tokenizer: Any, *, end_of_word: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """Tokens and merges of a BPE over all 256 bytes that knows our words whole; `tokenizer` decides how text is cut."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+def _byte_level_bpe(prefix: str = "", suffix: str = "") -> tuple[list[str], list[tuple[str, str]]]:
+    """Tokens and merges of a byte-pair encoding that has all 256 bytes and our words, each between `prefix` and `suffix`.
 
-    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
-    learner = Tokenizer(models.BPE(end_of_word_suffix=end_of_word))
-    learner.normalizer, learner.pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=1, end_of_word_suffix=end_of_word, show_progress=False
-    )
-    learner.train_from_iterator([" " + line for line in _SENTENCES.strip().splitlines()], trainer)
-    merges = [(a, b) for a, b in json.loads(learner.to_str())["model"]["merges"]]
-    joined = [a.removesuffix(end_of_word) + b if end_of_word else a + b for a, b in merges]
-    last_bytes = [byte + end_of_word for byte in bytes_] if end_of_word else []
-    return list(dict.fromkeys([*bytes_, *last_bytes, *joined])), merges
+    Not tokenizers' BpeTrainer: with a suffix its merges differ from call to call (0.23).
+    """
+    from tokenizers import pre_tokenizers
+
+    single_bytes = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ranks: dict[tuple[str, str], int] = {}
+    for word in filter(str.isalpha, _words()):
+        pieces = [*(prefix + word)[:-1], word[-1] + suffix]
+        while len(pieces) > 1:
+            scores = [ranks.get(pair, math.inf) for pair in itertools.pairwise(pieces)]
+            index = scores.index(min(scores))
+            pair = (pieces[index], pieces[index + 1])
+            ranks.setdefault(pair, len(ranks))  # a later pair never breaks up an earlier word: lower ranks merge first
+            pieces[index : index + 2] = ["".join(pair)]
+    single = [*single_bytes, *(byte + suffix for byte in single_bytes)]
+    return list(dict.fromkeys([*single, *map("".join, ranks)])), list(ranks)
+
+
+def _give_strength(model: Any, *, gain: float = 1.0) -> None:
+    """Draw all weights anew, so large that each input matters to the output; torch's own are made for training."""
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+            module.weight.normal_(std=gain / math.sqrt(module.weight[0].numel()))
 
 
 def _give_contrast(vae: Any, *, latent_shape: tuple[int, ...], target_std: float = 0.4) -> None:
     """Scale the decoder's last layer so that noise is decoded to visible noise rather than to flat gray."""
     import torch
 
+    _give_strength(vae)
     std = vae.eval().decode(torch.randn(latent_shape)).sample.std().item()
     # a power of two: the last bits of `std`, which depend on the machine, must not reach the file
     vae.decoder.conv_out.weight.mul_(2.0 ** round(math.log2(target_std / std)))
     vae.decoder.conv_out.bias.zero_()
+
+
+def _save(folder: Path, model: Any, config: dict[str, Any]) -> None:
+    """One safetensors file and `config` as it is: save_pretrained would write the keys of its own version."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    tensors: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        tensors.setdefault(tensor.data_ptr(), (name, tensor.contiguous()))  # a tied tensor under its first name only
+    save_file(dict(tensors.values()), folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "config.json", config)
 
 
 def _write_model_index(folder: Path, pipeline: str, parts: dict[str, str], settings: dict[str, bool]) -> None:

@@ -1,0 +1,1 @@
+"""Published weights -> plain callables. Knows no run folder, no stage, no scheduler."""

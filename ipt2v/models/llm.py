@@ -1,0 +1,118 @@
+"""The LLM that splits a prompt into a spatial and a temporal one. Knows no images and no files but its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ipt2v.config import DecoupleConfig
+from ipt2v.prompts import fill
+from ipt2v.records import item_seed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoupled:
+    """A prompt, split: phrases for the first frame, a sentence for the motion."""
+
+    spatial: str
+    temporal: str
+
+
+Decouple = Callable[[Sequence[tuple[str, str]]], list[Decoupled]]  # of (prompt, subject)
+
+
+def load_decoupler(folder: Path, settings: DecoupleConfig, *, base_seed: int, device: torch.device) -> Decouple:
+    """decouple((prompt, subject), ...) -> one Decoupled each; equal pairs are asked once, and get equal answers anywhere."""
+    generate = load_generator(folder, settings, base_seed=base_seed, device=device)
+
+    def decouple(pairs: Sequence[tuple[str, str]]) -> list[Decoupled]:
+        distinct = list(dict.fromkeys(pairs))
+        messages = [fill(template, *pair) for pair in distinct for template in (settings.spatial_template, settings.temporal_template)]
+        answers = generate(messages)
+        # an answer with nothing in it falls back to what it was made from
+        decoupled = {
+            pair: Decoupled(spatial=clean(answers[2 * i]) or pair[0], temporal=clean(answers[2 * i + 1]) or pair[0])
+            for i, pair in enumerate(distinct)
+        }
+        return [decoupled[pair] for pair in pairs]
+
+    return decouple
+
+
+def load_generator(
+    folder: Path, settings: DecoupleConfig, *, base_seed: int, device: torch.device
+) -> Callable[[Sequence[str]], list[str]]:
+    """generate(user messages) -> the model's answers, thinking off; each sampled from a seed of its own message."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype)).eval().to(device)
+    # Written out, so that the checkpoint's own generation_config.json (Qwen3: temperature 0.6, top_k 20) has no say.
+    generation = GenerationConfig(
+        do_sample=False,  # the sampling is done by seeded_sampling, below
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+    @torch.inference_mode()
+    def generate_batch(messages: Sequence[str]) -> list[str]:
+        # Qwen3 adds the empty think block only when the generation prompt is added (transformers #37949)
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+            for message in messages
+        ]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True).to(device)
+        seeds = [item_seed(base_seed, message, "decouple") for message in messages]
+        output = model.generate(
+            **inputs, generation_config=generation, logits_processor=seeded_sampling(settings.temperature, settings.top_p, seeds)
+        )
+        return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def generate(messages: Sequence[str]) -> list[str]:
+        size = settings.batch_size
+        return [answer for i in range(0, len(messages), size) for answer in generate_batch(messages[i : i + size])]
+
+    return generate
+
+
+def seeded_sampling(temperature: float, top_p: float, seeds: Sequence[int]) -> LogitsProcessorList:
+    """Logits processors after which the greedy choice is a sample at `temperature` and `top_p`, one seed for each row.
+
+    Gumbel-max: argmax(logits + Gumbel noise) is distributed as softmax(logits). transformers' own sampling draws from torch's
+    global generator, so an answer would depend on what was asked before it and beside it. Temperature 0 is greedy.
+    """
+    if temperature == 0:
+        return LogitsProcessorList()
+    return LogitsProcessorList([TemperatureLogitsWarper(temperature), TopPLogitsWarper(top_p), _GumbelNoise(seeds)])
+
+
+class _GumbelNoise(LogitsProcessor):
+    """transformers wants its class: a bare function cannot stand in a LogitsProcessorList's type."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU, so the device does not matter
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=one).log_().neg_() for one in self.generators])
+        return scores.float() + noise.to(scores.device)  # type: ignore[return-value]
+
+
+def clean(answer: str) -> str:
+    """An answer without think blocks, in one line."""
+    answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
+    return " ".join(answer.rpartition("</think>")[2].split())

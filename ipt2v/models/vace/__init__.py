@@ -1,0 +1,1 @@
+"""VACE: a first frame and a temporal prompt -> latents -> frames, over one group of ranks."""

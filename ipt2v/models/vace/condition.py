@@ -1,0 +1,83 @@
+"""VACE's Video Condition Unit for first-frame-to-video, in memory. Pure functions of tensors, but for the VAE that they are given.
+
+Legend: B=1, C channels (3 RGB, 16 latent, 96 condition), T frames, t latent frames (T = 4(t-1)+1), H W pixels, h w latent
+pixels (H = 8h, W = 8w). Pixels are -1..1; the empty frame is 0.0 exactly, the gray between (VACE's frameref.py: 127.5 of 255).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+SPATIAL_FACTOR = 8  # vae_stride[1:] = (8, 8), Wan2.1 wan_t2v_14B.py
+TEMPORAL_FACTOR = 4  # vae_stride[0]
+
+
+def fit(image_HWC: NDArray[np.uint8], *, width: int, height: int) -> NDArray[np.uint8]:
+    """The image at exactly width x height: scaled to cover, centre kept. VACE itself never upscales."""
+    if image_HWC.shape[:2] == (height, width):
+        return image_HWC
+    return np.asarray(ImageOps.fit(Image.fromarray(image_HWC), (width, height), Image.Resampling.LANCZOS))
+
+
+def first_frame_video(image_HWC: NDArray[np.uint8], num_frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(video [1,3,T,H,W] float32 -1..1, mask [1,1,T,H,W]): frame 0 is the image and kept (0), the rest gray and to be made (1)."""
+    height, width, _ = image_HWC.shape
+    image_CHW = torch.from_numpy(image_HWC.astype(np.float32) / 255).permute(2, 0, 1)
+    video_BCTHW = torch.zeros(1, 3, num_frames, height, width)
+    video_BCTHW[0, :, 0] = 2 * image_CHW - 1
+    mask_BCTHW = torch.ones(1, 1, num_frames, height, width)
+    mask_BCTHW[:, :, 0] = 0
+    return video_BCTHW, mask_BCTHW
+
+
+def encode(vae: AutoencoderKLWan, video_BCTHW: torch.Tensor) -> torch.Tensor:
+    """Normalised latents [1,16,t,h,w] of pixels -1..1, in the VAE's dtype: (mode - mean) / std, as WanVACEPipeline does."""
+    mean, inverse_std = _statistics(vae, video_BCTHW.device)
+    latents = vae.encode(video_BCTHW.to(vae.dtype)).latent_dist.mode()
+    return ((latents.float() - mean) * inverse_std).to(vae.dtype)
+
+
+def decode(vae: AutoencoderKLWan, latents_BCthw: torch.Tensor) -> NDArray[np.uint8]:
+    """Frames [T,H,W,3] uint8 of normalised latents [1,16,t,h,w]."""
+    latents = latents_BCthw.to(vae.dtype)
+    mean, inverse_std = (value.to(vae.dtype) for value in _statistics(vae, latents.device))
+    video_BCTHW = vae.decode(latents / inverse_std + mean, return_dict=False)[0]
+    video_THWC = (video_BCTHW[0].permute(1, 2, 3, 0) * 0.5 + 0.5).clamp(0, 1)
+    return (video_THWC.float().cpu().numpy() * 255).round().astype(np.uint8)
+
+
+def fold_mask(mask_BCTHW: torch.Tensor) -> torch.Tensor:
+    """[1,64,t,h,w]: each latent pixel's 8x8 mask pixels as channels, time sampled to the latent frames.
+
+    nearest-exact over time takes frames 1, 5, 9, ..., so latent frame 0 reads 1 (to be made) although frame 0 is kept: VACE and
+    WanVACEPipeline.prepare_masks do so, and the model was trained with it; the first frame conditions through its latents.
+    """
+    _, _, num_frames, height, width = mask_BCTHW.shape
+    h, w, n = height // SPATIAL_FACTOR, width // SPATIAL_FACTOR, SPATIAL_FACTOR
+    folded = mask_BCTHW[0, 0].view(num_frames, h, n, w, n).permute(2, 4, 0, 1, 3).flatten(0, 1)
+    num_latent_frames = (num_frames - 1) // TEMPORAL_FACTOR + 1
+    return F.interpolate(folded[None], size=(num_latent_frames, h, w), mode="nearest-exact")
+
+
+def condition(
+    vae: AutoencoderKLWan, image_HWC: NDArray[np.uint8], *, num_frames: int, empty_latents: torch.Tensor
+) -> torch.Tensor:
+    """[1,96,t,h,w]: latents of what is kept, latents of what is to be made, folded mask.
+
+    What is to be made is all gray here, so its latents are the same for every video of a size: `empty_latents`.
+    """
+    device = empty_latents.device
+    video_BCTHW, mask_BCTHW = first_frame_video(image_HWC, num_frames)
+    kept = encode(vae, (video_BCTHW * (1 - mask_BCTHW)).to(device))
+    mask = fold_mask(mask_BCTHW).to(device, kept.dtype)
+    return torch.cat([kept, empty_latents, mask], dim=1)
+
+
+def _statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    mean = torch.tensor(vae.config.latents_mean, device=device).view(1, -1, 1, 1, 1)
+    return mean, 1.0 / torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)

@@ -1,0 +1,158 @@
+"""Make one shard of one stage: the only place where stages, models and files meet. Knows no scheduler."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ipt2v import hdf5
+from ipt2v.mp4 import write_mp4
+from ipt2v.parallel import Group, group_from_environment
+from ipt2v.records import Failure, Item, Made, Provenance, VideoLatents
+from ipt2v.run_dir import STAGES, Environment, RunDir, seal_shard
+from ipt2v.version import code_version, package_versions
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardResult:
+    """What a shard looks like after run_shard; the same on every rank."""
+
+    done: int
+    failed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """One shard of one stage, opened."""
+
+    run: RunDir
+    environment: Environment
+    stage: str
+    shard: int
+    items: tuple[Item, ...]
+
+    @property
+    def weights_dir(self) -> Path:
+        return Path(self.environment.weights_dir)
+
+    def provenance(self, made: Made[Any], group: Group) -> Provenance:
+        return Provenance(
+            run_digest=self.environment.run_digest,
+            code_version=code_version(),
+            weights=self.environment.weights,
+            packages=package_versions(),
+            seed=made.seed,
+            seconds=made.seconds,
+            device=str(group.device),
+            num_ranks=group.world_size,
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        )
+
+
+def run_shard(run_dir: str | Path, stage: str, shard: int) -> ShardResult:
+    """Make what is missing of one shard of a stage, and seal it; what is finished is left alone.
+
+    Called on every rank that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe. Items that cannot be made become failure
+    records. Raises ValueError if the run folder, the stage, the shard or the number of ranks cannot be worked with.
+    """
+    if stage not in _STAGES:
+        raise ValueError(f"stage {stage!r} unknown; known: {', '.join(STAGES)}")
+    work = _open(RunDir(Path(run_dir)), stage, shard)
+    make, max_ranks = _STAGES[stage]
+    with group_from_environment(max_ranks=max_ranks) as group:
+        make(work, group)
+        if group.is_first:
+            seal_shard(work.run, stage, shard, work.items)
+            count = work.run.count(stage, shard, work.items)
+            log.info("%s shard %d: %d done, %d failed", stage, shard, count.done, count.failed)
+        result = ShardResult(done=count.done, failed=count.failed) if group.is_first else ShardResult(done=0, failed=0)
+        return group.from_first(result)
+
+
+def _open(run: RunDir, stage: str, shard: int) -> _Work:
+    run.config()  # checks the digest
+    known = {item.key: item for item in run.manifest()}
+    items, environment = run.shard(shard), run.environment()
+    strangers = [item.key for item in items if known.get(item.key) != item]
+    if strangers:
+        raise ValueError(f"{run.shard_path(shard)}: {strangers[0]} is not as in manifest.jsonl; restore the frozen file")
+    if code_version() != environment.code_version:
+        log.warning("code is %s, the run was frozen with %s; records note it", code_version(), environment.code_version)
+    return _Work(run=run, environment=environment, stage=stage, shard=shard, items=items)
+
+
+def _make_first_frames(work: _Work, group: Group) -> None:
+    from ipt2v.stages import first_frame
+
+    finished = _recorded(work, "first_frame") | work.run.failed("first_frame", work.items)
+    todo = [item for item in work.items if item.key not in finished]
+    for made in first_frame.make(todo, work.run.config(), work.weights_dir, group.device):
+        if isinstance(made, Failure):
+            work.run.save_failure(made)
+            log.warning("first_frame %s failed: %s", made.key, made.reason)
+        else:
+            path = work.run.part_path("first_frame", made.record.key)
+            hdf5.save_first_frame(path, made.record, work.provenance(made, group))
+            log.info("first_frame %s %.1f s", made.record.key, made.seconds)
+
+
+def _make_videos(work: _Work, group: Group) -> None:
+    # Rank 0 decides what is left: another rank may already see the new file and skip it, and the group would hang.
+    undecoded, todo = group.from_first(_videos_to_make(work) if group.is_first else ((), ()))
+    if not undecoded and not todo:
+        return
+    from ipt2v.stages import video
+
+    stage = video.load(work.run.config(), work.weights_dir, group)
+    if group.is_first:
+        for key in undecoded:
+            _deliver(work, stage, hdf5.load_video_latents(_path(work, "video", key), key, run_digest=work.environment.run_digest))
+    digest = work.environment.run_digest
+    first_frames = (hdf5.load_first_frame(_path(work, "first_frame", key), key, run_digest=digest) for key in todo)
+    for made in stage.make(first_frames):
+        if group.is_first:
+            key = made.record.key
+            hdf5.save_video_latents(work.run.part_path("video", key), made.record, work.provenance(made, group))
+            _deliver(work, stage, made.record)
+            log.info("video %s %.1f s", key, made.seconds)
+
+
+# stage -> (what makes it, how many ranks can work on one element)
+_STAGES = {"first_frame": (_make_first_frames, 1), "video": (_make_videos, None)}
+
+
+def _videos_to_make(work: _Work) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(keys with latents but no MP4, keys without either). Raises ValueError if array 1 is not done with the shard."""
+    keys = [item.key for item in work.items]
+    first_frames, failed = _recorded(work, "first_frame"), work.run.failed("first_frame", work.items)
+    early = [key for key in keys if key not in first_frames | failed]
+    if early:
+        raise ValueError(
+            f"video shard {work.shard}: {len(early)} of {len(keys)} first frames are missing ({early[0]}, ...); "
+            f"first run `python -m ipt2v {work.run.root} first_frame {work.shard}`"
+        )
+    recorded, delivered = _recorded(work, "video"), work.run.done("video", work.shard, work.items)
+    undecoded = tuple(key for key in keys if key in recorded - delivered)
+    return undecoded, tuple(key for key in keys if key in first_frames - recorded)
+
+
+def _recorded(work: _Work, stage: str) -> set[str]:
+    """Keys with a record of this run, each opened. Raises ValueError for a record of another run, or one that does not open."""
+    recorded = work.run.recorded(stage, work.shard, work.items) & {item.key for item in work.items}
+    for key in recorded:
+        hdf5.load_provenance(_path(work, stage, key), key, run_digest=work.environment.run_digest)
+    return recorded
+
+
+def _path(work: _Work, stage: str, key: str) -> Path:
+    return work.run.record_path(stage, work.shard, key)
+
+
+def _deliver(work: _Work, stage: Any, latents: VideoLatents) -> None:
+    video = stage.decode(latents)
+    write_mp4(work.run.mp4_path(video.key), video.frames_THWC, fps=video.fps, crf=work.run.config().video.crf)

@@ -1,0 +1,41 @@
+"""Array 2: animate first frames over one group of ranks. All ranks walk through the same items in the same order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ipt2v.config import RunConfig
+from ipt2v.models.vace.load import Animator, load_animator
+from ipt2v.parallel import Group
+from ipt2v.records import FirstFrame, Made, Video, VideoLatents, item_seed
+
+STAGE = "video"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoStage:
+    """The video model, loaded, and what the run asks of it."""
+
+    config: RunConfig
+    animator: Animator
+
+    def make(self, first_frames: Iterable[FirstFrame]) -> Iterator[Made[VideoLatents]]:
+        """The latents of each video, on every rank."""
+        for first_frame in first_frames:
+            start, seed = time.monotonic(), item_seed(self.config.seed, first_frame.key, "video")
+            latents_CTHW = self.animator.animate(first_frame, seed)
+            record = VideoLatents(key=first_frame.key, latents_CTHW=latents_CTHW)
+            yield Made(record=record, seed=seed, seconds=time.monotonic() - start)
+
+    def decode(self, latents: VideoLatents) -> Video:
+        """The video that latents hold; on one rank."""
+        frames_THWC = self.animator.decode(latents.latents_CTHW)
+        return Video(key=latents.key, frames_THWC=frames_THWC, fps=self.config.video.fps)
+
+
+def load(config: RunConfig, weights_dir: Path, group: Group) -> VideoStage:
+    """Load the video model on every rank of the group."""
+    return VideoStage(config=config, animator=load_animator(weights_dir / config.video.model, config.video, group))

@@ -1,0 +1,296 @@
+"""The command `ipt2v`. Each command imports what it needs when it runs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ipt2v.run_dir import RunDir
+    from launch.cluster import Cluster
+    from launch.freeze import Prepared
+    from launch.plan import Submission
+
+app = typer.Typer(
+    help="A test set of (photo, prompt) pairs to a leaderboard-ready set of videos, as two dependent job arrays.",
+    epilog="Start with: ipt2v demo. Then: ipt2v weights toy weights; ipt2v plan configs/vace_14b_480p.yaml --on slurm",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+weights_app = typer.Typer(help="Folders of model weights.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(weights_app, name="weights")
+
+
+class Place(StrEnum):
+    """Where the arrays run."""
+
+    here = "here"
+    local = "local"
+    slurm = "slurm"
+
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="what to make, a YAML file of configs/")]
+OverridesArgument = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings on top: video.fps=24")]
+PlaceOption = Annotated[Place, typer.Option("--on", help="this process, processes of this machine, or SLURM arrays")]
+ClusterOption = Annotated[Path | None, typer.Option("--cluster", help="where to run, a YAML file of configs/cluster/")]
+ShardsOption = Annotated[int | None, typer.Option("--shards", min=1, help="array elements of each stage")]
+WeightsOption = Annotated[Path | None, typer.Option("--weights", help="folder of weights, over the cluster file's")]
+RunsOption = Annotated[Path | None, typer.Option("--runs", help="folder of run folders, over the cluster file's")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
+
+
+@app.command(epilog="Example: ipt2v plan configs/vace_14b_480p.yaml --on slurm --cluster configs/cluster/h100.yaml")
+def plan(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    on: PlaceOption = Place.slurm,
+    cluster: ClusterOption = None,
+    shards: ShardsOption = None,
+    weights: WeightsOption = None,
+    runs: RunsOption = None,
+) -> None:
+    """Print what `submit` would do, sbatch scripts included; write and submit nothing."""
+    from launch.progress import summary
+    from launch.submit import sbatch_text
+
+    prepared, site = _prepare(config, overrides, cluster, shards, weights, runs)
+    todo = _todo(prepared, site, on)
+    state = "goes on" if prepared.run.root.exists() else "new"
+    print(f"run    {prepared.run.root} ({state})\nitems  {summary(prepared.counts())} in {len(prepared.shards)} shards")
+    for number, submission in enumerate(todo, 1):
+        resources = site.resources(submission.stage)
+        num_tasks = 1 if on == Place.here else resources.num_tasks
+        waits = f", element i after element i of array {number - 1}" if submission.after else ""
+        print(f"\narray {number}: {submission.stage}, shards {_ranges(submission.shards)}, {num_tasks} ranks per element{waits}")
+        if on == Place.slurm:
+            after = f"<job id of array {number - 1}>" if submission.after else None
+            print(_indented(sbatch_text(prepared.run, site, submission, after)))
+    if not todo:
+        print("\nnothing to submit: every item is made, failed, or in the queue")
+
+
+@app.command(
+    epilog="Examples: ipt2v submit configs/demo.yaml --on local;  "
+    "ipt2v submit configs/vace_14b_480p.yaml testset.path=/data/testset --on slurm --cluster configs/cluster/h100.yaml"
+)
+def submit(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    on: PlaceOption = Place.slurm,
+    cluster: ClusterOption = None,
+    shards: ShardsOption = None,
+    weights: WeightsOption = None,
+    runs: RunsOption = None,
+    wait: Annotated[bool, typer.Option("--wait", help="with --on slurm: show progress until the queue is done")] = False,
+) -> None:
+    """Make what is missing of a run; submitting again goes on with it. Finished items are never made twice."""
+    from launch.freeze import freeze
+
+    prepared, site = _prepare(config, overrides, cluster, shards, weights, runs)
+    todo = _todo(prepared, site, on)
+    run = freeze(prepared)
+    print(f"run    {run.root}", flush=True)
+    problems = _start(run, site, todo, on, wait=wait)
+    if on != Place.slurm or wait:
+        _finish(run, problems)
+
+
+@app.command(epilog="Example: ipt2v status runs/vace_14b_480p-1a2b3c4d. Exit code 1 if an item has failed.")
+def status(run: RunArgument, as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
+    """Count what is done, failed and missing, from the record files; needs neither sacct nor a living driver."""
+    from ipt2v.run_dir import RunDir
+    from launch.progress import count_all, print_status
+    from launch.queue import live_elements
+
+    opened = RunDir(run)
+    counts, live = count_all(opened), live_elements(opened)
+    if as_json:
+        rows = [{name: getattr(count, name) for name in count.__slots__} for count in counts]
+        states = [row | {"queue": live.get((row["stage"], row["shard"]), "")} for row in rows]
+        print(json.dumps(states, indent=1))
+    else:
+        print_status(opened, counts, live)
+    raise typer.Exit(1 if any(count.failed for count in counts) else 0)
+
+
+@app.command(epilog="Example: ipt2v logs runs/vace_14b_480p-1a2b3c4d video 3")
+def logs(
+    run: RunArgument,
+    stage: Annotated[str, typer.Argument(help="first_frame or video")],
+    shard: Annotated[int, typer.Argument(help="0-based")],
+    rank: Annotated[int, typer.Option(help="0-based; rank 0 writes the records")] = 0,
+) -> None:
+    """Print the logs of one rank of one shard, oldest submission first."""
+    from ipt2v.run_dir import RunDir
+    from launch.queue import log_files
+
+    opened = RunDir(run)
+    opened.shard(shard)
+    files = log_files(opened, stage, shard, rank)
+    if not files:
+        raise ValueError(f"{run}: no log of {stage} shard {shard} rank {rank} yet; `ipt2v status {run}` tells what has started")
+    for file in files:
+        print(f"==> {file} <==")
+        print(file.read_text(encoding="utf-8", errors="replace"), end="")
+
+
+@app.command()
+def cancel(run: RunArgument) -> None:
+    """Cancel what waits or runs of a run. Finished items stay; `submit` goes on with the rest."""
+    from ipt2v.run_dir import RunDir
+    from launch.queue import cancel as cancel_jobs
+
+    ids = cancel_jobs(RunDir(run))
+    print(f"cancelled {', '.join(ids)}" if ids else "nothing to cancel: no job of this run waits or runs")
+
+
+@app.command()
+def package(
+    run: RunArgument,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="pack what there is")] = False,
+) -> None:
+    """Check every video by decoding it, zip them for the leaderboard with checksums, and write a page to look at."""
+    from ipt2v.package import write_package
+    from ipt2v.report import write_report
+    from ipt2v.run_dir import RunDir
+
+    opened = RunDir(run)
+    written = write_package(opened, allow_missing=allow_missing)
+    print(f"{written.archive}  {written.num_videos} videos" + (f", {len(written.missing)} missing" if written.missing else ""))
+    print(f"{write_report(opened)}")
+    raise typer.Exit(1 if written.missing else 0)
+
+
+@weights_app.command("toy")
+def weights_toy(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write them below")],
+    seed: Annotated[int, typer.Option(help="of the random weights")] = 0,
+) -> None:
+    """Write tiny random checkpoints in the published layouts: the real loading code runs, the pictures are noise."""
+    from ipt2v.models.toy import write_toy_weights
+
+    for written in write_toy_weights(folder, seed=seed):
+        print(written)
+
+
+@app.command(epilog="Example: ipt2v demo --on slurm --cluster configs/cluster/devcluster.yaml")
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder for its weights, test set and run")] = Path("demo"),
+    config: Annotated[Path, typer.Option("--config", help="what to make")] = Path("configs/demo.yaml"),
+    on: PlaceOption = Place.local,
+    cluster: ClusterOption = Path("configs/cluster/local.yaml"),
+) -> None:
+    """Run the whole system on two photographs and toy weights: both arrays, package, and a page to look at."""
+    from launch.demo import prepare_demo
+
+    testset, weights = prepare_demo(folder)
+    submit(config, [f"testset.path={testset}"], on, cluster, None, weights, folder / "runs", wait=True)
+    prepared, _ = _prepare(config, [f"testset.path={testset}"], cluster, None, weights, folder / "runs")
+    try:
+        package(prepared.run.root)
+    finally:
+        print("\nToy weights are random: the pictures are noise. They show that everything runs, not how it looks.")
+
+
+def main() -> None:
+    """Run the command line. Exit code 0 for success, 1 for a run with failures, 2 for a wrong call or input."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _prepare(
+    config: Path,
+    overrides: list[str] | None,
+    cluster: Path | None,
+    shards: int | None,
+    weights: Path | None,
+    runs: Path | None,
+) -> tuple[Prepared, Cluster]:
+    from ipt2v.config import RunConfig, load_settings
+    from launch.cluster import load_cluster
+    from launch.freeze import prepare
+
+    site = load_cluster(cluster)
+    prepared = prepare(
+        load_settings(RunConfig, config, tuple(overrides or ())),
+        weights_dir=weights or Path(site.weights_dir),
+        runs_dir=runs or Path(site.runs_dir),
+        num_shards=shards or site.num_shards,
+    )
+    return prepared, site
+
+
+def _todo(prepared: Prepared, site: Cluster, on: Place) -> tuple[Submission, ...]:
+    """What to submit. Raises ValueError if the split of ranks is illegal."""
+    from ipt2v.models.catalogue import num_attention_heads
+    from ipt2v.models.vace.degrees import check_degree
+    from launch.plan import plan_submissions
+    from launch.queue import live_elements
+
+    if on != Place.here:
+        num_heads = num_attention_heads(Path(prepared.environment.weights_dir), prepared.config)
+        check_degree(site.video.num_tasks, num_heads, model=prepared.config.video.model)
+    busy = {shard for _, shard in live_elements(prepared.run)}
+    if busy:
+        print(f"shards {_ranges(tuple(sorted(busy)))} are waiting or running already; left alone")
+    return plan_submissions(prepared.counts(), busy)
+
+
+def _start(run: RunDir, site: Cluster, todo: tuple[Submission, ...], on: Place, *, wait: bool) -> list[str]:
+    from launch.progress import ProgressLine, wait_for_queue
+    from launch.submit import run_here, run_local, submit_slurm
+
+    tick = ProgressLine(run)
+    if on == Place.here:
+        run_here(run, todo, tick)
+    elif on == Place.local:
+        return run_local(run, site, todo, tick)
+    else:
+        for submitted in submit_slurm(run, site, todo):
+            waits = f", aftercorr:{submitted.after}" if submitted.after else ""
+            print(f"array  {submitted.job_id}  {submitted.stage}, {len(submitted.shards)} elements{waits}", flush=True)
+        if wait:
+            wait_for_queue(run, tick)
+    return []
+
+
+def _finish(run: RunDir, problems: list[str]) -> None:
+    """Print how a finished submission stands; exit code 1 unless everything is made."""
+    from launch.progress import count_all, summary
+
+    counts = count_all(run)
+    print(f"done   {summary(counts)}")
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    for failure in run.failures():
+        print(f"failed: {failure.key} ({failure.stage}): {failure.reason}", file=sys.stderr)
+    if any(count.failed or count.missing for count in counts):
+        raise typer.Exit(1)
+
+
+def _ranges(shards: tuple[int, ...]) -> str:
+    """0-3,7 for (0, 1, 2, 3, 7)."""
+    runs: list[list[int]] = []
+    for shard in shards:
+        if runs and shard == runs[-1][-1] + 1:
+            runs[-1].append(shard)
+        else:
+            runs.append([shard])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}".rstrip() for line in text.strip().splitlines())

@@ -1,0 +1,65 @@
+"""Where to run, from YAML: resources of each stage and of the site. Nothing here may change a pixel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from ipt2v.config import Settings, load_settings
+
+
+class Resources(Settings):
+    """What one array element gets; names and meanings as sbatch has them."""
+
+    nodes: int = Field(1, ge=1)
+    gpus_per_node: int = Field(0, ge=0)
+    tasks_per_node: int | None = Field(None, ge=1)  # one for each GPU unless said otherwise
+    cpus_per_task: int = Field(1, ge=1)
+    mem_gb: float | None = Field(None, gt=0)  # of a node
+    timeout_minutes: int = Field(60, ge=1)
+    array_parallelism: int = Field(256, ge=1)  # elements that may run at once
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+
+    @property
+    def num_tasks_per_node(self) -> int:
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def num_tasks(self) -> int:
+        return self.nodes * self.num_tasks_per_node
+
+
+class Cluster(Settings):
+    """A site: where weights and runs lie, how jobs are set up, what each stage gets."""
+
+    weights_dir: str = "weights"
+    runs_dir: str = "runs"
+    num_shards: int | None = Field(None, ge=1)  # array elements of each stage; one for each identity, at most 64, unless said
+    setup: tuple[str, ...] = ()  # shell lines before the job, on the first node of an element
+    container: tuple[str, ...] = ()  # words before python, for example [apptainer, exec, --nv, image.sif]
+    signal_delay_seconds: int = Field(120, ge=1)  # time between the warning of a time limit or preemption and the end
+    first_frame: Resources = Resources()
+    video: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _first_frame_is_one_task(self) -> Self:
+        if self.first_frame.num_tasks != 1:
+            raise ValueError(
+                f"first_frame: found {self.first_frame.num_tasks} tasks per element, expected 1; "
+                "set nodes and gpus_per_node to 1 and use more shards instead"
+            )
+        return self
+
+    def resources(self, stage: str) -> Resources:
+        return {"first_frame": self.first_frame, "video": self.video}[stage]
+
+
+def load_cluster(path: Path | None) -> Cluster:
+    """The cluster that a file describes; without one, this machine with one rank for each stage."""
+    return Cluster() if path is None else load_settings(Cluster, path)

@@ -1,0 +1,169 @@
+"""Start what a plan says: as SLURM arrays, as local processes, or in this process. Truth about progress stays in record files."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
+
+from ipt2v.run_dir import RunDir
+from launch.cluster import Cluster
+from launch.job import ShardJob
+from launch.plan import Submission
+from launch.queue import Submitted, kill_tree, remember, submissions
+
+LOCAL_POLL_SECONDS = 0.2
+MAX_TIMEOUTS = 3  # requeues after a time limit; preemptions do not count
+
+
+def submit_slurm(run: RunDir, cluster: Cluster, plan: Iterable[Submission]) -> list[Submitted]:
+    """sbatch every array of the plan, at once; the second waits for the first element by element."""
+    done: list[Submitted] = []
+    for submission in plan:
+        after = done[-1].job_id if submission.after else None
+        folder = run.jobs_path(submission.stage)
+        executor = SlurmExecutor(folder=folder, max_num_timeout=MAX_TIMEOUTS, python=_python(cluster))
+        executor.update_parameters(**slurm_parameters(run, cluster, submission.stage, after))
+        with submitit.helpers.clean_env():  # so that submitting from inside a job does not hand its ranks down
+            jobs = executor.map_array(_job(run, cluster, submission.stage), submission.shards)
+        submitted = Submitted(
+            place="slurm",
+            stage=submission.stage,
+            job_id=jobs[0].job_id.partition("_")[0],
+            shards=submission.shards,
+            after=after,
+        )
+        remember(run, submitted)
+        done.append(submitted)
+    return done
+
+
+def sbatch_text(run: RunDir, cluster: Cluster, submission: Submission, after: str | None) -> str:
+    """The script that sbatch would be given; needs no SLURM."""
+    folder = run.jobs_path(submission.stage)
+    command = f"{_python(cluster)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    parameters = slurm_parameters(run, cluster, submission.stage, after)
+    if len(submission.shards) > 1:
+        parameters["map_count"] = len(submission.shards)
+    return _make_sbatch_string(command=command, folder=folder, **parameters)
+
+
+def slurm_parameters(run: RunDir, cluster: Cluster, stage: str, after: str | None) -> dict[str, Any]:
+    """What submitit turns into #SBATCH lines."""
+    resources = cluster.resources(stage)
+    # =yes, whatever the site's default: else an element whose first frames failed would wait for ever
+    additional: dict[str, Any] = {"kill-on-invalid-dep": "yes"} if after else {}
+    parameters: dict[str, Any] = {
+        "job_name": f"{run.root.name}.{stage}",
+        "time": resources.timeout_minutes,
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.num_tasks_per_node,
+        "cpus_per_task": resources.cpus_per_task,
+        "array_parallelism": resources.array_parallelism,
+        "signal_delay_s": cluster.signal_delay_seconds,
+        "srun_args": ["--kill-on-bad-exit=1"],  # one rank dies: without it the others wait for the time limit
+        "additional_parameters": additional or None,
+        "setup": list(cluster.setup) or None,
+        "dependency": f"aftercorr:{after}" if after else None,
+        "gpus_per_node": resources.gpus_per_node or None,
+        "mem": None if resources.mem_gb is None else f"{round(resources.mem_gb * 1024)}M",
+    }
+    parameters |= {name: getattr(resources, name) for name in ("partition", "account", "qos", "constraint", "exclude")}
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def run_local(run: RunDir, cluster: Cluster, plan: Iterable[Submission], tick: Callable[[], None]) -> list[str]:
+    """Run the plan by submitit's local executor and wait for it, calling `tick` meanwhile; what went wrong, a line each.
+
+    submitit's local executor has no queue: an element is started when the one that it depends on has succeeded and fewer than
+    `array_parallelism` of its stage run.
+    """
+    waiting = [_Element(one.stage, shard, one.after) for one in plan for shard in one.shards]
+    running: dict[_Element, Any] = {}
+    succeeded: set[tuple[str, int]] = set()
+    problems: list[str] = []
+    try:
+        while waiting or running:
+            for element in [one for one in waiting if not one.after or ("first_frame", one.shard) in succeeded]:
+                if _num_running(element.stage, running) < cluster.resources(element.stage).array_parallelism:
+                    running[element] = _start_local(run, cluster, element)
+                    waiting.remove(element)
+            for element in [one for one, job in running.items() if job.done()]:
+                problem = _problem(run, element, running.pop(element))
+                if problem is None:
+                    succeeded.add((element.stage, element.shard))
+                else:
+                    problems.append(problem)
+                    waiting = [one for one in waiting if not (one.after and one.shard == element.shard)]
+            tick()
+            time.sleep(LOCAL_POLL_SECONDS)
+    finally:
+        for submitted in submissions(run):  # Ctrl-C: no process outlives the driver
+            if submitted.job_id in {job.job_id for job in running.values()}:
+                kill_tree(int(submitted.job_id))
+    return problems
+
+
+def run_here(run: RunDir, plan: Iterable[Submission], tick: Callable[[], None]) -> None:
+    """Run the plan in this process, one shard after the other, each on one rank."""
+    from ipt2v.run import run_shard
+
+    for submission in plan:
+        for shard in submission.shards:
+            run_shard(run.root, submission.stage, shard)
+            tick()
+
+
+@dataclass(frozen=True, slots=True)
+class _Element:
+    """One element of the plan, as the local loop sees it."""
+
+    stage: str
+    shard: int
+    after: bool  # waits for the first frames of its shard
+
+
+def _num_running(stage: str, running: Iterable[_Element]) -> int:
+    return sum(1 for element in running if element.stage == stage)
+
+
+def _start_local(run: RunDir, cluster: Cluster, element: _Element) -> Any:
+    stage, resources = element.stage, cluster.resources(element.stage)
+    if resources.nodes > 1:
+        raise ValueError(f"{stage}.nodes: found {resources.nodes}, expected 1 for --on local; use --on slurm, or another --cluster")
+    executor = submitit.LocalExecutor(folder=run.jobs_path(stage))
+    executor.update_parameters(
+        timeout_min=resources.timeout_minutes,  # its default is two minutes
+        tasks_per_node=resources.num_tasks_per_node,
+        gpus_per_node=resources.gpus_per_node,  # without it CUDA_VISIBLE_DEVICES is empty
+    )
+    with submitit.helpers.clean_env():
+        job = executor.submit(_job(run, cluster, stage), element.shard)
+    remember(run, Submitted(place="local", stage=stage, job_id=job.job_id, shards=(element.shard,), after=None))
+    return job
+
+
+def _problem(run: RunDir, element: _Element, job: Any) -> str | None:
+    """Why an ended local job did not succeed, or None."""
+    try:
+        job.results()
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
+        last = str(error).strip().splitlines()[-1]
+        where = f"{element.stage} {element.shard}"
+        return f"{where}: {last}; see `ipt2v logs {run.root} {where}`"
+    return None
+
+
+def _job(run: RunDir, cluster: Cluster, stage: str) -> ShardJob:
+    return ShardJob(run_dir=str(run.root), stage=stage, num_tasks=cluster.resources(stage).num_tasks)
+
+
+def _python(cluster: Cluster) -> str:
+    return shlex.join([*cluster.container, "python"] if cluster.container else [str(Path(sys.executable))])

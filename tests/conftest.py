@@ -1,0 +1,55 @@
+"""Fixtures that several test files share."""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from slurm.devcluster import Cluster, missing_binaries  # by path: slurm/ is not an installed package
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A new folder with a name short enough for sockets below it, in memory if the machine can."""
+    folder = Path(tempfile.mkdtemp(prefix="c", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A running SLURM cluster with accounting, 4 nodes of 4 pretend GPUs, shared by all tests: leave it as you found it."""
+    yield from _running_cluster(accounting=True)
+
+
+@pytest.fixture
+def cluster_without_accounting() -> Iterator[Cluster]:
+    """A running SLURM cluster of this test alone, without sacct."""
+    yield from _running_cluster(accounting=False)
+
+
+def _running_cluster(*, accounting: bool) -> Iterator[Cluster]:
+    if missing := missing_binaries(accounting=accounting):
+        reason = f"no SLURM here, missing {', '.join(missing)}: apt-get install -y --no-install-recommends $(cat slurm/apt.txt)"
+        if os.environ.get("IPT2V_REQUIRE_SLURM") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    root = tempfile.mkdtemp(prefix="c", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
+    with Cluster(root, accounting=accounting) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def toy_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tiny random checkpoints in the published layouts; shared by all tests, so not to be written to."""
+    from ipt2v.models.toy import write_toy_weights
+
+    root = tmp_path_factory.mktemp("toy_weights")
+    write_toy_weights(root)
+    return root
