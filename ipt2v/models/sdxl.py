@@ -18,7 +18,7 @@ Paint = Callable[[str, int], NDArray[np.uint8]]  # (spatial prompt, seed) -> ima
 def load_painter(folder: Path, settings: FirstFrameConfig, *, device: torch.device) -> Paint:
     """paint(spatial_prompt, seed) -> [H,W,3] uint8 RGB of the settings' size."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(
-        folder, torch_dtype=getattr(torch, settings.dtype), add_watermarker=False
+        folder, dtype=getattr(torch, settings.dtype), add_watermarker=False
     ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     # = dpmpp_2m with karras sigmas, the sampler of HyperLoRA's text-to-image workflow

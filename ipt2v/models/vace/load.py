@@ -34,10 +34,10 @@ def load_animator(folder: Path, settings: VideoConfig, group: Group) -> Animator
     device, dtype = group.device, getattr(torch, settings.dtype)
     num_heads = WanVACETransformer3DModel.load_config(folder / "transformer")["num_attention_heads"]
     check_degree(group.world_size, num_heads, model=folder.name)
-    transformer = WanVACETransformer3DModel.from_pretrained(folder / "transformer", torch_dtype=dtype).eval().to(device)
+    transformer = WanVACETransformer3DModel.from_pretrained(folder / "transformer", dtype=dtype).eval().to(device)
     if group.ulysses is not None:
         parallelise(transformer, group.ulysses)
-    vae = AutoencoderKLWan.from_pretrained(folder / "vae", torch_dtype=getattr(torch, settings.vae_dtype)).eval().to(device)
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=getattr(torch, settings.vae_dtype)).eval().to(device)
     # flow_shift goes in through the config: the scheduler reads it there when it is made, and nowhere later
     scheduler = UniPCMultistepScheduler.from_pretrained(folder / "scheduler", flow_shift=settings.flow_shift)
     with torch.inference_mode():
