@@ -39,7 +39,8 @@ class DecoupleConfig(Settings):
     top_p: float = Field(0.9, gt=0, le=1)
     max_new_tokens: int = Field(1000, ge=1)
     batch_size: int = Field(1, ge=1)  # above 1 an answer may depend, in its last bits, on its batch-mates' lengths
-    spatial_template: str = "spatial"  # a name in ipt2v/prompts, a path to a text file with {prompt}, or the text; frozen as text
+    # a name in ipt2v/prompts, a path to a text file with {prompt}, or the text itself; frozen as text
+    spatial_template: str = "spatial"
     temporal_template: str = "temporal"
 
 
@@ -52,7 +53,7 @@ class PictureSize(Settings):
     @field_validator("width", "height")
     @classmethod
     def _multiple_of_16(cls, pixels: int) -> int:
-        # 16 = VAE factor 8 x patch 2, for VACE and for what it is given as first frame (diffusers' WanVACEPipeline.check_inputs)
+        # 16 = VAE factor 8 x patch 2 (diffusers' WanVACEPipeline.check_inputs)
         if pixels % 16:
             below = pixels // 16 * 16
             raise ValueError(f"{pixels} is not a multiple of 16; nearest are {below} and {below + 16}")
@@ -174,7 +175,7 @@ def _first_problem(kind: type[Settings], error: ValidationError) -> str:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """"nearest known key is X", or the list of all when none is near."""
+    """Text that says which known key is nearest to `name`, or lists all when none is near."""
     last = {key.rpartition(".")[2]: key for key in known}
     matches = difflib.get_close_matches(name, known, 1, 0.75) or [
         last[key] for key in difflib.get_close_matches(name.rpartition(".")[2], list(last), 1, 0.6)

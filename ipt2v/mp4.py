@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ipt2v.atomic import replacing
 
-# x264 is deterministic for a given number of threads, not across numbers: fixed, so that equal frames make equal bytes anywhere.
+# x264 is deterministic for a given number of threads, not across numbers: fixed, so that equal frames make equal bytes.
 NUM_ENCODER_THREADS = 4
 # With its macroblock tree on, x264 (PyAV 18.1's) reads memory that it has not written: about 1 in 200 encodes of the same 96x64
 # frames came out with other bytes, none of 2,400 with it off. At the same crf the file is larger, the picture no worse.

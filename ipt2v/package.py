@@ -68,7 +68,8 @@ def check_video(path: Path, config: RunConfig) -> None:
         "pixel_format": "yuv420p",
         "num_streams": 1,
     }
-    wrong = [f"{name}: found {getattr(facts, name)}, expected {value}" for name, value in expected.items() if getattr(facts, name) != value]
+    found = {name: getattr(facts, name) for name in expected}
+    wrong = [f"{name}: found {found[name]}, expected {expected[name]}" for name in expected if found[name] != expected[name]]
     if wrong:
         raise ValueError(f"{path}: {'; '.join(wrong)}; delete it and submit again to make it anew")
 

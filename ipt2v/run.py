@@ -64,6 +64,7 @@ def run_shard(run_dir: str | Path, stage: str, shard: int) -> ShardResult:
         raise ValueError(f"stage {stage!r} unknown; known: {', '.join(STAGES)}")
     work = _open(RunDir(Path(run_dir)), stage, shard)
     make, max_ranks = _STAGES[stage]
+    _quiet_libraries()
     with group_from_environment(max_ranks=max_ranks) as group:
         make(work, group)
         if group.is_first:
@@ -72,6 +73,15 @@ def run_shard(run_dir: str | Path, stage: str, shard: int) -> ShardResult:
             log.info("%s shard %d: %d done, %d failed", stage, shard, count.done, count.failed)
         result = ShardResult(done=count.done, failed=count.failed) if group.is_first else ShardResult(done=0, failed=0)
         return group.from_first(result)
+
+
+def _quiet_libraries() -> None:
+    """No progress bars of loading: in a log file each is a line of carriage returns."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _open(run: RunDir, stage: str, shard: int) -> _Work:
@@ -109,10 +119,10 @@ def _make_videos(work: _Work, group: Group) -> None:
     from ipt2v.stages import video
 
     stage = video.load(work.run.config(), work.weights_dir, group)
+    digest = work.environment.run_digest
     if group.is_first:
         for key in undecoded:
-            _deliver(work, stage, hdf5.load_video_latents(_path(work, "video", key), key, run_digest=work.environment.run_digest))
-    digest = work.environment.run_digest
+            _deliver(work, stage, hdf5.load_video_latents(_path(work, "video", key), key, run_digest=digest))
     first_frames = (hdf5.load_first_frame(_path(work, "first_frame", key), key, run_digest=digest) for key in todo)
     for made in stage.make(first_frames):
         if group.is_first:

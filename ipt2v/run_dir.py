@@ -133,23 +133,25 @@ class RunDir:
         """Keys of the items that have a record in `stage`. Opens the sealed shard only, never a part."""
         sealed = self.sealed_path(stage, shard)
         keys = set(hdf5.sealed_keys(sealed)) if sealed.exists() else set()
-        return keys | _names(self.root / stage / "parts", {item.identity for item in items}, ".h5")
+        return keys | _names(self.root / stage / "parts", _without(items, keys), ".h5")
 
     def failed(self, stage: str, items: Iterable[Item]) -> set[str]:
         """Keys of the items that have a failure record in `stage`."""
-        return _names(self.root / "failure" / stage, {item.identity for item in items}, ".json")
+        return _names(self.root / "failure" / stage, items, ".json")
 
     def done(self, stage: str, shard: int, items: Iterable[Item]) -> set[str]:
         """Keys of the items that `stage` has finished; a video counts when its MP4 is there too."""
         recorded = self.recorded(stage, shard, items)
-        return recorded & _names(self.root / "video", {item.identity for item in items}, ".mp4") if stage == "video" else recorded
+        return recorded & _names(self.root / "video", items, ".mp4") if stage == "video" else recorded
 
     def count(self, stage: str, shard: int, items: tuple[Item, ...]) -> StageCount:
         """Progress of a shard. An item that failed in an earlier stage has failed in the later ones."""
-        keys = {item.key for item in items}
-        done = self.done(stage, shard, items) & keys
-        failed = set().union(*(self.failed(earlier, items) for earlier in STAGES[: STAGES.index(stage) + 1])) & keys - done
-        return StageCount(stage=stage, shard=shard, done=len(done), failed=len(failed), missing=len(keys - done - failed))
+        left = _without(items, self.done(stage, shard, items))
+        failed = set().union(*(self.failed(earlier, left) for earlier in STAGES[: STAGES.index(stage) + 1]))
+        missing = _without(left, failed)
+        return StageCount(
+            stage=stage, shard=shard, done=len(items) - len(left), failed=len(left) - len(missing), missing=len(missing)
+        )
 
     def save_failure(self, failure: Failure) -> None:
         write_text(self.failure_path(failure.stage, failure.key), json.dumps(asdict(failure), indent=1) + "\n")
@@ -179,13 +181,19 @@ def seal_shard(run: RunDir, stage: str, shard: int, items: tuple[Item, ...]) -> 
         run.part_path(stage, key).unlink(missing_ok=True)
 
 
-def _names(folder: Path, identities: Iterable[str], suffix: str) -> set[str]:
-    """identity/name of the files folder/<identity>/<name><suffix>; scratch files, which start with a dot, are none."""
+def _without(items: Iterable[Item], keys: set[str]) -> list[Item]:
+    return [item for item in items if item.key not in keys]
+
+
+def _names(folder: Path, items: Iterable[Item], suffix: str) -> set[str]:
+    """identity/name of the files folder/<identity>/<name><suffix>; scratch files, which start with a dot, are none.
+
+    One listing for each identity: asking for 100,000 files one by one takes minutes on a shared disk.
+    """
     keys = set()
-    for identity in identities:
+    for identity in {item.identity for item in items}:
         try:
-            with os.scandir(folder / identity) as entries:
-                names = [entry.name for entry in entries]
+            names = os.listdir(f"{folder}/{identity}")
         except FileNotFoundError:
             continue
         keys.update(f"{identity}/{name.removesuffix(suffix)}" for name in names if name.endswith(suffix) and name[0] != ".")

@@ -1,8 +1,8 @@
 """xDiT's process groups, also where xfuser refuses to be imported. The one file that imports xfuser.
 
-xfuser 0.7.0 imports only on a machine with an accelerator: its package __init__ pulls in every pipeline, triton (undeclared) and
-a CUDA version check. On a CPU build of torch we leave that __init__ unexecuted, stub the one module that needs triton and answer
-the version check; process groups then work over gloo, unchanged. May go once `python -c "import xfuser"` works on a CPU.
+xfuser 0.7.0 imports only on a machine with an accelerator: its package __init__ pulls in every pipeline, triton (undeclared)
+and a CUDA version check. On a CPU build of torch we leave that __init__ unexecuted, stub the one module that needs triton and
+answer the version check; process groups then work over gloo, unchanged. May go once `import xfuser` works on a CPU.
 Never import xfuser.runner: it writes RANK, WORLD_SIZE and MASTER_PORT.
 """
 
@@ -38,10 +38,11 @@ def stop() -> None:
 
 
 def _parallel_state() -> types.ModuleType:
-    logging.getLogger("xfuser").setLevel(logging.WARNING)  # it logs every group at DEBUG
     if not torch.cuda.is_available() and "xfuser" not in sys.modules:
         _import_without_accelerator()
-    return importlib.import_module("xfuser.core.distributed.parallel_state")
+    parallel_state = importlib.import_module("xfuser.core.distributed.parallel_state")
+    logging.getLogger(parallel_state.__name__).setLevel(logging.WARNING)  # it logs at DEBUG
+    return parallel_state
 
 
 def _import_without_accelerator() -> None:

@@ -66,9 +66,9 @@ def plan(
     print(f"run    {prepared.run.root} ({state})\nitems  {summary(prepared.counts())} in {len(prepared.shards)} shards")
     for number, submission in enumerate(todo, 1):
         resources = site.resources(submission.stage)
-        num_tasks = 1 if on == Place.here else resources.num_tasks
+        ranks = f"{1 if on == Place.here else resources.num_tasks} ranks per element"
         waits = f", element i after element i of array {number - 1}" if submission.after else ""
-        print(f"\narray {number}: {submission.stage}, shards {_ranges(submission.shards)}, {num_tasks} ranks per element{waits}")
+        print(f"\narray {number}: {submission.stage}, shards {_ranges(submission.shards)}, {ranks}{waits}")
         if on == Place.slurm:
             after = f"<job id of array {number - 1}>" if submission.after else None
             print(_indented(sbatch_text(prepared.run, site, submission, after)))

@@ -43,5 +43,7 @@ def _packaged(module: str, name: str, distribution: str) -> Path:
 
     spec = find_spec(module)  # the package is not imported: only its file is wanted
     if spec is None or spec.origin is None:
-        raise ValueError(f"demo: package {distribution} is not installed, and its photograph is needed; pip install 'ipt2v[demo]'")
+        raise ValueError(
+            f"demo: package {distribution}, whose photograph it needs, is not installed; pip install 'ipt2v[demo]'"
+        )
     return Path(spec.origin).parent / name

@@ -1,16 +1,19 @@
-"""Start what a plan says: as SLURM arrays, as local processes, or in this process. Truth about progress stays in record files."""
+"""Start what a plan says: as SLURM arrays, as local processes, or in this process. Record files tell how far it is."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from ipt2v.run_dir import RunDir
@@ -29,10 +32,12 @@ def submit_slurm(run: RunDir, cluster: Cluster, plan: Iterable[Submission]) -> l
     for submission in plan:
         after = done[-1].job_id if submission.after else None
         folder = run.jobs_path(submission.stage)
+        if not SlurmExecutor.affinity():
+            raise ValueError("--on slurm: no srun on PATH; log in to the cluster, or use --on local")
         executor = SlurmExecutor(folder=folder, max_num_timeout=MAX_TIMEOUTS, python=_python(cluster))
         executor.update_parameters(**slurm_parameters(run, cluster, submission.stage, after))
-        with submitit.helpers.clean_env():  # so that submitting from inside a job does not hand its ranks down
-            jobs = executor.map_array(_job(run, cluster, submission.stage), submission.shards)
+        with _outside_any_job():
+            jobs = _map_array(executor, _job(run, cluster, submission.stage), submission.shards)
         submitted = Submitted(
             place="slurm",
             stage=submission.stage,
@@ -121,6 +126,32 @@ def run_here(run: RunDir, plan: Iterable[Submission], tick: Callable[[], None]) 
             tick()
 
 
+def _map_array(executor: SlurmExecutor, job: ShardJob, shards: tuple[int, ...]) -> list[Any]:
+    try:
+        return executor.map_array(job, shards)
+    except FailedJobError as error:
+        text = "; ".join(line.removeprefix("sbatch: ") for line in str(error).splitlines())
+        raise ValueError(f"sbatch refused the {job.stage} array: {text}; `ipt2v plan` prints its script") from error
+
+
+_JOB_VARIABLES = ("SLURM_", "SLURMD_", "SUBMITIT_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_")
+
+
+@contextmanager
+def _outside_any_job() -> Iterator[None]:
+    """Without the variables of a job that we may be in, so that its ranks and task counts are not handed down.
+
+    submitit's own clean_env would also take SLURM_CONF, which says where the cluster is, and the user's SBATCH_* defaults.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name.startswith(_JOB_VARIABLES) and name != "SLURM_CONF"}
+    for name in inherited:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(inherited)
+
+
 @dataclass(frozen=True, slots=True)
 class _Element:
     """One element of the plan, as the local loop sees it."""
@@ -137,14 +168,14 @@ def _num_running(stage: str, running: Iterable[_Element]) -> int:
 def _start_local(run: RunDir, cluster: Cluster, element: _Element) -> Any:
     stage, resources = element.stage, cluster.resources(element.stage)
     if resources.nodes > 1:
-        raise ValueError(f"{stage}.nodes: found {resources.nodes}, expected 1 for --on local; use --on slurm, or another --cluster")
+        raise ValueError(f"{stage}.nodes: found {resources.nodes}, expected 1 for --on local; use another --cluster file")
     executor = submitit.LocalExecutor(folder=run.jobs_path(stage))
     executor.update_parameters(
         timeout_min=resources.timeout_minutes,  # its default is two minutes
         tasks_per_node=resources.num_tasks_per_node,
         gpus_per_node=resources.gpus_per_node,  # without it CUDA_VISIBLE_DEVICES is empty
     )
-    with submitit.helpers.clean_env():
+    with _outside_any_job():
         job = executor.submit(_job(run, cluster, stage), element.shard)
     remember(run, Submitted(place="local", stage=stage, job_id=job.job_id, shards=(element.shard,), after=None))
     return job
@@ -154,7 +185,7 @@ def _problem(run: RunDir, element: _Element, job: Any) -> str | None:
     """Why an ended local job did not succeed, or None."""
     try:
         job.results()
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
+    except (FailedJobError, UncompletedJobError) as error:
         last = str(error).strip().splitlines()[-1]
         where = f"{element.stage} {element.shard}"
         return f"{where}: {last}; see `ipt2v logs {run.root} {where}`"

@@ -1,4 +1,4 @@
-"""Which folders of published weights a run reads, what must be in them, where they come from. Opens no tensor, imports no torch."""
+"""Which folders of published weights a run reads, what is in them, where they come from. Opens no tensor, imports no torch."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def _where_from(folder: str, weights_dir: Path) -> str:
     for source in SOURCES:
         if source.folder == folder:
             return (
-                f"it comes from huggingface.co/{source.repository} ({source.licence}): "
-                f"`hf download {source.repository} --local-dir {weights_dir / folder}`, or try out with `ipt2v weights toy {weights_dir}`"
+                f"it comes from huggingface.co/{source.repository} ({source.licence}): `hf download {source.repository} "
+                f"--local-dir {weights_dir / folder}`, or try out with `ipt2v weights toy {weights_dir}`"
             )
     known = ", ".join(source.folder for source in SOURCES)
     return f"{folder!r} is no folder that we know a source of (known: {known}); put the checkpoint there yourself"

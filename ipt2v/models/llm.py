@@ -37,11 +37,12 @@ Decouple = Callable[[Sequence[tuple[str, str]]], list[Decoupled]]  # of (prompt,
 
 def load_decoupler(folder: Path, settings: DecoupleConfig, *, base_seed: int, device: torch.device) -> Decouple:
     """decouple((prompt, subject), ...) -> one Decoupled each; equal pairs are asked once, and get equal answers anywhere."""
+    templates = (settings.spatial_template, settings.temporal_template)
     generate = load_generator(folder, settings, base_seed=base_seed, device=device)
 
     def decouple(pairs: Sequence[tuple[str, str]]) -> list[Decoupled]:
         distinct = list(dict.fromkeys(pairs))
-        messages = [fill(template, *pair) for pair in distinct for template in (settings.spatial_template, settings.temporal_template)]
+        messages = [fill(template, *pair) for pair in distinct for template in templates]
         answers = generate(messages)
         # an answer with nothing in it falls back to what it was made from
         decoupled = {
@@ -59,8 +60,8 @@ def load_generator(
     """generate(user messages) -> the model's answers, thinking off; each sampled from a seed of its own message."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype)).eval().to(device)
-    # Written out, so that the checkpoint's own generation_config.json (Qwen3: temperature 0.6, top_k 20) has no say.
-    generation = GenerationConfig(
+    # In place of the checkpoint's own generation_config.json (Qwen3: temperature 0.6, top_k 20), which so has no say.
+    model.generation_config = GenerationConfig(
         do_sample=False,  # the sampling is done by seeded_sampling, below
         max_new_tokens=settings.max_new_tokens,
         eos_token_id=model.generation_config.eos_token_id,
@@ -78,9 +79,8 @@ def load_generator(
         ]
         inputs = tokenizer(texts, return_tensors="pt", padding=True).to(device)
         seeds = [item_seed(base_seed, message, "decouple") for message in messages]
-        output = model.generate(
-            **inputs, generation_config=generation, logits_processor=seeded_sampling(settings.temperature, settings.top_p, seeds)
-        )
+        sampling = seeded_sampling(settings.temperature, settings.top_p, seeds)
+        output = model.generate(**inputs, logits_processor=sampling)
         return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def generate(messages: Sequence[str]) -> list[str]:

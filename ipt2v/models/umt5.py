@@ -1,4 +1,7 @@
-"""UMT5: a text -> the embedding that the video model reads. Array 1 runs it, so array 2 never loads its 11 GB. Legend: L tokens, D width."""
+"""UMT5: a text -> the embedding that the video model reads. Array 1 runs it, so array 2 never loads its 11 GB.
+
+Legend: L tokens, D width.
+"""
 
 from __future__ import annotations
 

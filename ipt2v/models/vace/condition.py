@@ -1,4 +1,4 @@
-"""VACE's Video Condition Unit for first-frame-to-video, in memory. Pure functions of tensors, but for the VAE that they are given.
+"""VACE's Video Condition Unit for first-frame-to-video, in memory: pure functions of tensors and of the VAE they are given.
 
 Legend: B=1, C channels (3 RGB, 16 latent, 96 condition), T frames, t latent frames (T = 4(t-1)+1), H W pixels, h w latent
 pixels (H = 8h, W = 8w). Pixels are -1..1; the empty frame is 0.0 exactly, the gray between (VACE's frameref.py: 127.5 of 255).
@@ -25,7 +25,7 @@ def fit(image_HWC: NDArray[np.uint8], *, width: int, height: int) -> NDArray[np.
 
 
 def first_frame_video(image_HWC: NDArray[np.uint8], num_frames: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(video [1,3,T,H,W] float32 -1..1, mask [1,1,T,H,W]): frame 0 is the image and kept (0), the rest gray and to be made (1)."""
+    """(video [1,3,T,H,W] float32 -1..1, mask [1,1,T,H,W]): frame 0 is the image, kept (0); the rest gray, to be made (1)."""
     height, width, _ = image_HWC.shape
     image_CHW = torch.from_numpy(image_HWC.astype(np.float32) / 255).permute(2, 0, 1)
     video_BCTHW = torch.zeros(1, 3, num_frames, height, width)

@@ -1,4 +1,7 @@
-"""The denoising loop: noise -> latents. Knows neither pixels nor text. Legend: B=1, C channels, thw latent frames and pixels."""
+"""The denoising loop: noise -> latents. Knows neither pixels nor text.
+
+Legend: B=1, C channels, t h w latent frames and pixels, L tokens, D width of a text embedding.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,48 @@
+# make demo: the whole system on two photographs and toy weights. make test: the tests. Both build .venv first.
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+TORCH := $(shell grep -i '^torch==' constraints.txt)
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo-installed
+	$(BIN)/ipt2v demo
+
+test: $(VENV)/.test-installed slurm-packages lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch goes first and alone: anything that pulled it in would take its newest build, with gigabytes of CUDA
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch-installed: constraints.txt | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.demo-installed: setup.cfg constraints.txt $(VENV)/.torch-installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(VENV)/.test-installed: setup.cfg constraints.txt $(VENV)/.torch-installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# SLURM's tests need its daemons; only root can install them
+.PHONY: slurm-packages
+slurm-packages:
+	@if command -v slurmctld slurmd munged slurmdbd mariadbd >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends $$(cat slurm/apt.txt); \
+	else \
+		echo "SLURM is not installed, and installing it needs root: its tests will be skipped."; \
+		echo "For all tests: sudo apt-get install --no-install-recommends $$(tr '\n' ' ' < slurm/apt.txt)"; \
+	fi
+
+clean:
+	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache *.egg-info
