@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m ipt2v", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="a run folder, as `ipt2v submit` or `ipt2v freeze` made it")
+    parser.add_argument("run", type=Path, help="a run folder, as `ipt2v freeze` or `ipt2v submit` made it")
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("shard", type=int, help="0-based")
     chosen = parser.parse_args(arguments)

@@ -108,8 +108,8 @@ class RunDir:
 
     def manifest(self) -> tuple[Item, ...]:
         """Every item of the run. Raises ValueError, naming both digests, if somebody has changed the list since."""
-        items = read_manifest(self.manifest_path)
-        self._check_digest("manifest.jsonl", manifest_digest(items), self.environment().manifest_digest)
+        environment, items = self.environment(), read_manifest(self.manifest_path)
+        self._check_digest("manifest.jsonl", manifest_digest(items), environment.manifest_digest)
         return items
 
     def shard(self, shard: int) -> tuple[Item, ...]:
@@ -190,7 +190,7 @@ def _names(folder: Path, items: Iterable[Item], suffix: str) -> set[str]:
 
     One listing for each identity: asking for 100,000 files one by one takes minutes on a shared disk.
     """
-    keys = set()
+    keys: set[str] = set()
     for identity in {item.identity for item in items}:
         try:
             names = os.listdir(f"{folder}/{identity}")

@@ -102,6 +102,22 @@ def submit(
         _finish(run, problems)
 
 
+@app.command(epilog="Example: ipt2v freeze configs/demo.yaml; python -m ipt2v runs/demo-1a2b3c4d first_frame 0")
+def freeze(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    cluster: ClusterOption = None,
+    shards: ShardsOption = None,
+    weights: WeightsOption = None,
+    runs: RunsOption = None,
+) -> None:
+    """Write the run folder and print its path, to make shards by hand; `submit` does this by itself."""
+    from launch.freeze import freeze as write
+
+    prepared, _ = _prepare(config, overrides, cluster, shards, weights, runs)
+    print(write(prepared).root)
+
+
 @app.command(epilog="Example: ipt2v status runs/vace_14b_480p-1a2b3c4d. Exit code 1 if an item has failed.")
 def status(run: RunArgument, as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
     """Count what is done, failed and missing, from the record files; needs neither sacct nor a living driver."""

@@ -69,7 +69,9 @@ def provenance(run_digest: str) -> Provenance:
     )
 
 
-def first_frame(key: str, *, similarity: float | None = 0.5, negative: str = "blurry", spatial_prompt: str = "a coat") -> FirstFrame:
+def first_frame(
+    key: str, *, similarity: float | None = 0.5, negative: str = "blurry", spatial_prompt: str = "a coat"
+) -> FirstFrame:
     random = np.random.default_rng(len(key))
     return FirstFrame(
         key=key,

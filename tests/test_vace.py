@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanVACEPipeline
-from PIL import Image, ImageDraw
 
 from ipt2v.config import VideoConfig
 from ipt2v.models.umt5 import load_text_encoder, padded
@@ -141,20 +140,20 @@ def assert_same_bits(found: np.ndarray, expected: np.ndarray) -> None:
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
     difference = np.abs(found.astype(np.float64) - expected.astype(np.float64)).max()
-    assert np.array_equal(found, expected), f"largest difference {difference:.3g} where values reach {np.abs(expected).max():.3g}"
+    assert np.array_equal(found, expected), f"largest difference {difference:.3g}, largest value {np.abs(expected).max():.3g}"
 
 
 # ---- equal to diffusers
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-@pytest.mark.parametrize("flow_shift", [3.0, 5.0])
-@pytest.mark.parametrize("conditioning_scale", [1.0, 0.5])
 @pytest.mark.parametrize("size", ["48x32x5", "64x48x9"])
+@pytest.mark.parametrize(
+    ("guidance_scale", "flow_shift", "conditioning_scale"), [(5.0, 3.0, 1.0), (1.0, 3.0, 0.5), (5.0, 5.0, 0.5), (1.0, 5.0, 1.0)]
+)
 def test_latents_equal_the_pipelines_bit_for_bit(
-    pipelines, animators, first_frames: FirstFrames, size: str, conditioning_scale: float, flow_shift: float, guidance_scale: float
+    pipelines, animators, first_frames, size: str, guidance_scale: float, flow_shift: float, conditioning_scale: float
 ) -> None:
-    config = settings(size, conditioning_scale=conditioning_scale, flow_shift=flow_shift, guidance_scale=guidance_scale)
+    config = settings(size, guidance_scale=guidance_scale, flow_shift=flow_shift, conditioning_scale=conditioning_scale)
     first_frame = first_frames(config)
 
     latents_CTHW = animators(config).animate(first_frame, SEED)
@@ -313,7 +312,7 @@ def test_noise_comes_from_the_seed_alone() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         assert torch.equal(draw_noise(config, 16, SEED), expected)
-    other = settings("96x64x17", dtype="bfloat16", vae_dtype="bfloat16", num_inference_steps=9, guidance_scale=1.0, flow_shift=9.0)
+    other = settings("96x64x17", dtype="bfloat16", vae_dtype="bfloat16", num_inference_steps=9, flow_shift=9.0)
     assert torch.equal(draw_noise(other, 16, SEED), expected)
     assert expected.dtype == torch.float32
 
@@ -344,10 +343,11 @@ def test_any_other_image_gets_exactly_the_size(width: int, height: int) -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(400, 400), (240, 400), (600, 250), (120, 96)])
 def test_a_circle_in_the_centre_stays_round_and_in_the_centre(width: int, height: int) -> None:
-    image = Image.new("RGB", (width, height), "white")
-    ImageDraw.Draw(image).circle(((width - 1) / 2, (height - 1) / 2), min(width, height) / 4, fill="black")
+    y_H1, x_1W = np.ogrid[:height, :width]
+    circle_HW = np.hypot(x_1W - (width - 1) / 2, y_H1 - (height - 1) / 2) <= min(width, height) / 4
+    image_HWC = np.where(circle_HW[..., None], 0, 255).astype(np.uint8).repeat(3, axis=2)
 
-    dark_HW = fit(np.asarray(image), width=192, height=128)[..., 0] < 128
+    dark_HW = fit(image_HWC, width=192, height=128)[..., 0] < 128
 
     rows, columns = np.flatnonzero(dark_HW.any(axis=1)), np.flatnonzero(dark_HW.any(axis=0))
     radius = min(width, height) / 4 * max(192 / width, 128 / height)  # scaled to cover

@@ -34,8 +34,8 @@ def read_tree(path: Path) -> Iterator[Entry]:
 
 
 def identity_folders(root: Path) -> list[Path]:
-    """The folders of a tree's identities in natural order; hidden ones (.git, .ipynb_checkpoints) are none."""
-    folders = (path for path in root.iterdir() if not path.name.startswith(".") and path.is_dir())
+    """The folders of a tree's identities in natural order; hidden ones, and what macOS adds to a zip, are none."""
+    folders = (path for path in root.iterdir() if not path.name.startswith((".", "__MACOSX")) and path.is_dir())
     return sorted(folders, key=lambda folder: natural_key(folder.name))
 
 

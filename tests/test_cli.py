@@ -1,0 +1,255 @@
+"""Claims about the command line: quick, helpful, exit codes that mean something, and a plan that leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import NUM_HEADS, ROOT, frozen_run, run_command, run_python, write_fake_weights, write_tree
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from ipt2v.records import Failure
+from launch import cli
+
+IPT2V = str(Path(sys.executable).parent / "ipt2v")
+CONFIG = str(ROOT / "configs" / "demo.yaml")
+COMMANDS = ["plan", "freeze", "submit", "status", "logs", "cancel", "package", "weights", "weights toy", "demo"]
+SITE = """
+num_shards: 2
+setup: [module load cuda, 'export NCCL_DEBUG=WARN']
+container: [apptainer, exec, --nv, /images/ipt2v.sif]
+first_frame: {partition: small, gpus_per_node: 1, timeout_minutes: 30}
+video:
+  partition: large
+  account: vision
+  qos: high
+  constraint: h100
+  exclude: node[01-02]
+  nodes: 2
+  gpus_per_node: 2
+  cpus_per_task: 8
+  mem_gb: 400.5
+  array_parallelism: 5
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a test set of two identities, weights that nothing loads, and a cluster file."""
+    write_tree(tmp_path / "testset")
+    write_fake_weights(tmp_path / "weights")
+    (tmp_path / "site.yaml").write_text(SITE)
+    return tmp_path
+
+
+def plan_words(place: Path, *more: str) -> list[str]:
+    options = ["--weights", str(place / "weights"), "--runs", str(place / "runs"), "--cluster", str(place / "site.yaml")]
+    return ["plan", CONFIG, f"testset.path={place / 'testset'}", *more, *options]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Exit code of the command, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["ipt2v", *words])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+# --- help ---------------------------------------------------------------------------------------------------------------
+
+
+def test_help_answers_within_half_a_second() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([IPT2V, "--help"], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+def test_help_needs_no_heavy_package() -> None:
+    heavy = run_python("import launch.cli, sys; print({'torch', 'submitit', 'h5py', 'numpy', 'pydantic'} & sys.modules.keys())")
+    assert heavy.strip() == "set()"
+
+
+def test_every_command_is_in_the_list_of_this_test() -> None:
+    top = get_command(cli.app)
+    assert sorted(top.commands) == sorted({command.split()[0] for command in COMMANDS})  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    answer = CliRunner().invoke(cli.app, [*command.split(), "--help"])
+    assert answer.exit_code == 0
+    assert answer.output.strip().startswith("Usage:") and len(answer.output.splitlines()) > 5
+
+
+@pytest.mark.parametrize("words", [["unknown"], ["plan"], ["plan", CONFIG, "--on", "moon"], ["plan", CONFIG, "--shards", "0"]])
+def test_a_wrong_call_exits_with_2(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    assert call(monkeypatch, *words) == 2
+
+
+# --- wrong input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("video.fsp=24", "video.fsp: unknown key; nearest known key is video.fps"),
+        ("video.num_frames=80", "video.num_frames: 80 is not 4n+1; nearest are 77 and 81"),
+        ("video.width=830", "video.width: 830 is not a multiple of 16; nearest are 816 and 832"),
+        ("testset.path=/nowhere/set", "/nowhere/set: no such file or folder"),
+        ("video.model=MyVACE", "MyVACE/scheduler/scheduler_config.json is missing"),
+        ("decouple.spatial_template=mine", "template 'mine': no such file"),
+        ("video.fps", "override 'video.fps': expected key.sub=value"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: Path, override: str, problem: str
+) -> None:
+    assert call(monkeypatch, *plan_words(place, override)) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: ") and problem in line
+    assert line.count("\n") == 1
+    assert not (place / "runs").exists()
+
+
+def test_a_missing_weights_file_is_named_with_its_source(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: Path
+) -> None:
+    missing = place / "weights" / "Wan2.1-VACE-14B-diffusers" / "vae" / "config.json"
+    missing.unlink()
+    assert call(monkeypatch, *plan_words(place)) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: video.model: weights file {missing} is missing; it comes from huggingface.co/Wan-AI/")
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize("on", ["slurm", "local"])
+def test_ranks_that_do_not_divide_the_heads_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: Path, on: str
+) -> None:
+    (place / "site.yaml").write_text("video: {tasks_per_node: 3}")
+    assert call(monkeypatch, *plan_words(place), "--on", on) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: ulysses: 3 ranks do not divide the {NUM_HEADS} heads of Wan2.1-VACE-14B-diffusers; ")
+    assert line.endswith("to one of 1, 2, 4\n")
+
+
+@pytest.mark.parametrize("words", [["status"], ["logs", "RUN", "video", "0"], ["cancel"], ["package"]])
+def test_a_folder_that_is_no_run_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str]
+) -> None:
+    command, *rest = words
+    assert call(monkeypatch, command, str(tmp_path / "nowhere"), *rest[1:]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {tmp_path / 'nowhere'}") and line.count("\n") == 1
+
+
+def test_the_installed_command_ends_as_main_does(place: Path) -> None:
+    ended = run_command(IPT2V, *plan_words(place, "video.num_frames=80"), expect=2)
+    assert ended.stdout == ""
+    assert ended.stderr == f"error: {CONFIG}: video.num_frames: 80 is not 4n+1; nearest are 77 and 81\n"
+
+
+# --- plan ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: Path) -> list[str]:
+    """What `plan` prints for a new run, in three parts: the run, the first array, the second."""
+    assert call(monkeypatch, *plan_words(place), "--on", "slurm") == 0
+    return capsys.readouterr().out.split("\narray ")
+
+
+def lines(text: str) -> list[str]:
+    """The lines of a script, without quotes: sbatch reads past them as a shell does."""
+    return [" ".join(shlex.split(line)) for line in text.splitlines()]
+
+
+def test_a_plan_says_what_is_to_be_made(planned: list[str], place: Path) -> None:
+    head, first, second = planned
+    assert f"run    {place / 'runs' / 'demo-'}" in head and "(new)" in head
+    assert "first_frame 0/4  video 0/4 in 2 shards" in head
+    assert first.startswith("1: first_frame, shards 0-1, 1 ranks per element\n")
+    assert second.startswith("2: video, shards 0-1, 4 ranks per element, element i after element i of array 1\n")
+
+
+def test_a_plan_shows_both_scripts_with_the_sites_words(planned: list[str]) -> None:
+    _, first, second = map(lines, planned)
+    for script, partition in ((first, "small"), (second, "large")):
+        assert f"#SBATCH --partition={partition}" in script
+        assert [line for line in script if line.startswith("#SBATCH --array=0-1")] != []
+        assert script.index("module load cuda") < script.index("export NCCL_DEBUG=WARN")
+        [srun] = [line for line in script if line.startswith("srun ")]
+        assert "--kill-on-bad-exit=1" in srun
+        assert "apptainer exec --nv /images/ipt2v.sif python -u -m submitit.core._submit" in srun
+    asked = {
+        "account=vision",
+        "qos=high",
+        "constraint=h100",
+        "exclude=node[01-02]",
+        "nodes=2",
+        "gpus-per-node=2",
+        "mem=410112M",
+    }
+    asked |= {"ntasks-per-node=2", "cpus-per-task=8", "array=0-1%2", "kill-on-invalid-dep=yes", "time=60"}
+    assert {word for word in asked if f"#SBATCH --{word}" not in second} == set()
+
+
+def test_only_the_second_array_waits(planned: list[str]) -> None:
+    _, first, second = planned
+    assert "#SBATCH --dependency=aftercorr:<job id of array 1>" in second
+    assert "--dependency" not in first and "--kill-on-invalid-dep" not in first
+
+
+def test_a_plan_writes_nothing_and_loads_no_torch(place: Path) -> None:
+    before = sorted(place.rglob("*"))
+    ended = run_command(sys.executable, "-X", "importtime", IPT2V, *plan_words(place))
+    imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")}
+    assert "launch.submit" in imported
+    assert {"torch", "diffusers", "transformers", "xfuser"} & imported == set()
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_plan_for_one_identity_is_no_array(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: Path
+) -> None:
+    assert call(monkeypatch, *plan_words(place), "--shards", "1") == 0
+    assert "--array" not in capsys.readouterr().out
+
+
+def test_a_plan_of_a_run_that_has_failed_or_made_all_submits_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: Path
+) -> None:
+    run = frozen_run(place, num_shards=2)
+    for item in run.manifest():
+        run.save_failure(Failure(key=item.key, stage="first_frame", reason="no face"))
+    assert call(monkeypatch, *plan_words(place)) == 0
+    text = capsys.readouterr().out
+    assert "(goes on)" in text and "first_frame 0/4 (4 failed)" in text and "nothing to submit" in text
+
+
+# --- status -------------------------------------------------------------------------------------------------------------
+
+
+def test_status_counts_from_files_and_exits_with_1_for_failures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = frozen_run(tmp_path, num_shards=2)
+    assert call(monkeypatch, "status", str(run.root), "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["stage"], row["shard"], row["missing"]) for row in rows] == [
+        (s, n, 2) for s in ("first_frame", "video") for n in (0, 1)
+    ]
+    run.save_failure(Failure(key="id001/prompt1", stage="first_frame", reason="no face"))
+    assert call(monkeypatch, "status", str(run.root)) == 1
+    assert "failed: id001/prompt1 (first_frame): no face" in capsys.readouterr().out

@@ -1,0 +1,190 @@
+"""Array 1 makes of each item one record or one failure; what it makes of an item depends on that item and the config alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ipt2v.config import DecoupleConfig, FirstFrameConfig, RunConfig, VideoConfig
+from ipt2v.models.sdxl import load_painter
+from ipt2v.models.umt5 import load_text_encoder
+from ipt2v.records import Failure, FirstFrame, Item, Made, item_seed
+from ipt2v.stages.first_frame import make
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+NEGATIVE = "色调艳丽, blurred"
+CONFIG = RunConfig(
+    name="tiny",
+    seed=11,
+    testset={"path": "unused"},
+    decouple=DecoupleConfig(
+        dtype="float32",
+        temperature=1.0,
+        max_new_tokens=10,
+        spatial_template="Show {prompt}",
+        temporal_template="{subject} moves: {prompt}",
+    ),
+    first_frame=FirstFrameConfig(dtype="float32", width=48, height=32, num_inference_steps=2, negative_prompt="dark"),
+    video=VideoConfig(width=48, height=32, num_frames=5, max_text_tokens=24, negative_prompt=NEGATIVE),  # bfloat16
+)
+PROMPTS = (
+    "a woman walks on the beach",
+    "an old man reads",
+    "a woman walks on the beach",
+    "a boy {subject} runs",
+    "a girl sings",
+)
+
+Results = list[Made[FirstFrame] | Failure]
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
+    """Five items, of which items 1 and 4 have a photo that is cut off."""
+    folder, made = tmp_path_factory.mktemp("photos"), []
+    for index, prompt in enumerate(PROMPTS):
+        path = folder / f"{index}.png"
+        pixels_HWC = np.random.default_rng(index).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels_HWC).save(path)
+        if index in (1, 4):
+            path.write_bytes(path.read_bytes()[:2000])
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        item = Item(identity=f"person {index}", prompt_id="00", prompt=prompt, reference=str(path), reference_sha256=digest)
+        made.append(item)
+    return made
+
+
+@pytest.fixture(scope="module")
+def run(toy_weights: Path) -> Callable[[Sequence[Item]], Results]:
+    return lambda items: list(make(items, CONFIG, toy_weights, CPU))
+
+
+@pytest.fixture(scope="module")
+def results(run: Callable[[Sequence[Item]], Results], items: list[Item]) -> Results:
+    return run(items)
+
+
+@pytest.fixture(scope="module")
+def records(results: Results) -> dict[str, FirstFrame]:
+    return {result.record.key: result.record for result in results if isinstance(result, Made)}
+
+
+def same(one: FirstFrame, other: FirstFrame) -> bool:
+    """Equal to the last bit; frozen records that hold arrays have no == of their own."""
+    plain = ("key", "subject", "spatial_prompt", "temporal_prompt", "similarity", "attempts")
+    texts = ((one.temporal, other.temporal), (one.negative, other.negative))
+    return (
+        all(getattr(one, name) == getattr(other, name) for name in plain)
+        and np.array_equal(one.image_HWC, other.image_HWC)
+        and all(a.text == b.text and np.array_equal(a.embedding_LD, b.embedding_LD) for a, b in texts)
+    )
+
+
+# ---- one result for each item
+
+
+def test_every_item_gives_one_record_or_one_failure_in_the_items_order(results: Results, items: list[Item]) -> None:
+    made = [result.record.key for result in results if isinstance(result, Made)]
+    failed = [result.key for result in results if isinstance(result, Failure)]
+    assert made == [items[index].key for index in (0, 2, 3)]
+    assert failed == [items[index].key for index in (1, 4)]
+
+
+def test_a_photo_that_does_not_decode_is_a_failure_with_its_reason(results: Results, items: list[Item]) -> None:
+    failures = [result for result in results if isinstance(result, Failure)]
+    for failure, item in zip(failures, (items[1], items[4]), strict=True):
+        assert failure.stage == "first_frame"
+        assert item.key in failure.reason and item.reference in failure.reason
+        assert "cannot be decoded" in failure.reason
+
+
+def test_if_no_photo_decodes_no_model_is_loaded(items: list[Item], tmp_path: Path) -> None:
+    results = list(make([items[1], items[4]], CONFIG, tmp_path / "no weights here", CPU))
+    assert [type(result) for result in results] == [Failure, Failure]
+
+
+def test_of_no_items_nothing_is_made_and_no_model_is_loaded(tmp_path: Path) -> None:
+    assert list(make([], CONFIG, tmp_path / "no weights here", CPU)) == []
+
+
+def test_a_photo_that_has_changed_stops_the_run(items: list[Item], tmp_path: Path) -> None:
+    changed = Item(identity="person", prompt_id="00", prompt="x", reference=items[0].reference, reference_sha256="0" * 64)
+    with pytest.raises(ValueError, match="has changed"):
+        list(make([changed], CONFIG, tmp_path / "no weights here", CPU))
+
+
+# ---- what a record holds
+
+
+def test_the_texts_of_a_record_belong_together(records: dict[str, FirstFrame], toy_weights: Path) -> None:
+    embed = load_text_encoder(toy_weights / CONFIG.video.model, CONFIG.video, device=CPU)
+    for record in records.values():
+        assert record.temporal.text == record.temporal_prompt
+        assert np.array_equal(record.temporal.embedding_LD, embed(record.temporal_prompt).embedding_LD)
+        assert record.negative.text == NEGATIVE
+        assert np.array_equal(record.negative.embedding_LD, embed(NEGATIVE).embedding_LD)
+        assert record.temporal.embedding_LD.dtype == record.negative.embedding_LD.dtype == np.uint16
+
+
+def test_the_picture_of_a_record_is_painted_from_its_spatial_prompt_and_its_items_seed(
+    results: Results, toy_weights: Path
+) -> None:
+    paint = load_painter(toy_weights / CONFIG.first_frame.model, CONFIG.first_frame, device=CPU)
+    for made in (result for result in results if isinstance(result, Made)):
+        assert made.seed == item_seed(CONFIG.seed, made.record.key, "paint")
+        assert np.array_equal(made.record.image_HWC, paint(made.record.spatial_prompt, made.seed))
+
+
+def test_a_record_holds_no_face_and_one_attempt_of_an_unknown_person(records: dict[str, FirstFrame]) -> None:
+    for record in records.values():
+        assert (record.subject, record.similarity, record.attempts) == ("A person", None, 1)
+        assert record.image_HWC.shape == (32, 48, 3)
+        assert record.spatial_prompt and record.temporal_prompt and record.spatial_prompt != record.temporal_prompt
+
+
+def test_equal_prompts_share_their_texts_and_not_their_pictures(records: dict[str, FirstFrame]) -> None:
+    one, other = records["person 0/00"], records["person 2/00"]
+    assert (one.spatial_prompt, one.temporal_prompt) == (other.spatial_prompt, other.temporal_prompt)
+    assert not np.array_equal(one.image_HWC, other.image_HWC)
+    assert records["person 3/00"].temporal_prompt != one.temporal_prompt
+
+
+def test_seconds_are_counted_for_every_record(results: Results) -> None:
+    assert all(result.seconds > 0 for result in results if isinstance(result, Made))
+
+
+# ---- depends on the item alone
+
+
+@pytest.mark.parametrize("indices", [(3,), (4, 3, 0), (2, 0, 1, 3)], ids=str)
+def test_a_record_does_not_depend_on_the_other_items_of_the_call(
+    run: Callable[[Sequence[Item]], Results], records: dict[str, FirstFrame], items: list[Item], indices: tuple[int, ...]
+) -> None:
+    found = [result.record for result in run([items[index] for index in indices]) if isinstance(result, Made)]
+    assert [record.key for record in found] == [items[index].key for index in indices if index not in (1, 4)]
+    assert all(same(record, records[record.key]) for record in found)
+
+
+def test_the_runs_seed_changes_prompts_and_pictures(
+    records: dict[str, FirstFrame], items: list[Item], toy_weights: Path
+) -> None:
+    (made,) = make([items[0]], CONFIG.model_copy(update={"seed": 12}), toy_weights, CPU)
+    assert isinstance(made, Made)
+    before = records[items[0].key]
+    assert made.record.temporal_prompt != before.temporal_prompt
+    assert not np.array_equal(made.record.image_HWC, before.image_HWC)
+
+
+def test_each_record_is_there_before_the_next_is_painted(items: list[Item], toy_weights: Path) -> None:
+    results = make([items[0], items[2]], CONFIG, toy_weights, CPU)
+    first = next(results)
+    results.close()  # the job ends here
+    assert isinstance(first, Made) and first.record.key == items[0].key

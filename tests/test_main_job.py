@@ -1,0 +1,242 @@
+"""The main job in its four places, on one test set of 50 items: same videos everywhere, nothing lost, nothing made twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+from main_job import BIN, SMALL, MadeItem, assert_same_videos, call, collect, ipt2v, real_testset, run_folder
+from PIL import Image
+
+from ipt2v.mp4 import inspect_mp4
+from ipt2v.run_dir import RunDir
+from ipt2v.testsets import read_testset
+from slurm.devcluster import Cluster
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+CONFIG, CLUSTERS = ROOT / "configs" / "demo.yaml", ROOT / "configs" / "cluster"
+
+
+@pytest.fixture(scope="module")
+def testset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return real_testset(tmp_path_factory.mktemp("testset"))
+
+
+@pytest.fixture(scope="module")
+def bad_testset(testset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same 50 items as JSONL, but id003/prompt2 has a photo without pixels."""
+    folder = tmp_path_factory.mktemp("bad_testset")
+    items = read_testset(testset)
+    header_only = folder / "no_pixels.png"
+    Image.new("RGB", (64, 64)).save(header_only)
+    header_only.write_bytes(header_only.read_bytes()[:33])  # signature and IHDR
+    rows = [
+        {
+            "identity": item.identity,
+            "prompt_id": item.prompt_id,
+            "prompt": item.prompt,
+            "image": str(Path(item.reference).resolve()),
+        }
+        | ({"image": str(header_only)} if item.key == "id003/prompt2" else {})
+        for item in items
+    ]
+    path = folder / "testset.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def here(bad_testset: Path, toy_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, str]:
+    """The 49 good items made in one process on one rank, 3 shards; and what the command printed, exit code 1."""
+    runs = tmp_path_factory.mktemp("here")
+    words = (f"testset.path={bad_testset}", *SMALL, "--on", "here", "--weights", toy_weights, "--runs", runs, "--shards", "3")
+    output = ipt2v("submit", CONFIG, *words, expect=1)
+    return run_folder(output), output
+
+
+def test_one_bad_photo_costs_one_item_and_shows_in_status_and_exit_code(here: tuple[RunDir, str]) -> None:
+    run, output = here
+    (failure,) = run.failures()
+    assert (failure.key, failure.stage) == ("id003/prompt2", "first_frame")
+    assert "no_pixels.png" in failure.reason
+    assert len(collect(run)) == 49
+    assert failure.reason in output
+    status = ipt2v("status", run.root, expect=1)
+    assert "first_frame 49/50 (1 failed)  video 49/50 (1 failed)" in status
+
+
+def test_submitting_a_finished_run_again_makes_nothing(here: tuple[RunDir, str], bad_testset: Path, toy_weights: Path) -> None:
+    run, _ = here
+    before = {path: path.stat().st_mtime_ns for path in run.root.rglob("*") if path.is_file()}
+    words = (f"testset.path={bad_testset}", *SMALL, "--on", "here", "--weights", toy_weights, "--runs", run.root.parent)
+    ipt2v("submit", CONFIG, *words, expect=1)
+    assert {path: path.stat().st_mtime_ns for path in run.root.rglob("*") if path.is_file()} == before
+
+
+def test_a_lost_mp4_is_decoded_again_not_denoised_again(here: tuple[RunDir, str]) -> None:
+    run, _ = here
+    shard = next(shard for shard in range(3) if any(item.key == "id001/prompt1" for item in run.shard(shard)))
+    before = collect(run)["id001/prompt1"]
+    run.mp4_path("id001/prompt1").unlink()
+    call(BIN / "python", "-m", "ipt2v", run.root, "video", str(shard), expect=0 if shard != _shard_of_failure(run) else 1)
+    after = collect(run)["id001/prompt1"]
+    assert (after.mp4_sha256, after.video_provenance) == (before.mp4_sha256, before.video_provenance)
+
+
+def test_local_two_ranks_make_the_same_videos(
+    here: tuple[RunDir, str], testset: Path, toy_weights: Path, tmp_path: Path
+) -> None:
+    few = _first_identity(testset, tmp_path)
+    words = (f"testset.path={few}", *SMALL, "--on", "local", "--cluster", CLUSTERS / "local.yaml")
+    output = ipt2v("submit", CONFIG, *words, "--weights", toy_weights, "--runs", tmp_path / "runs", "--shards", "1")
+    made = collect(run_folder(output))
+    assert len(made) == 5
+    assert {item.video_provenance.num_ranks for item in made.values()} == {2}
+    assert_same_videos(made, collect(here[0]))
+
+
+def test_by_hand_and_under_torchrun_a_frozen_run_makes_the_same_videos(
+    here: tuple[RunDir, str], testset: Path, toy_weights: Path, tmp_path: Path
+) -> None:
+    few = _first_identity(testset, tmp_path)
+    words = (f"testset.path={few}", *SMALL, "--weights", toy_weights, "--runs", tmp_path / "runs")
+    run = run_folder(ipt2v("freeze", CONFIG, *words))
+    early = call(BIN / "python", "-m", "ipt2v", run.root, "video", "0", expect=2)
+    assert "5 of 5 first frames are missing" in early
+    call(BIN / "python", "-m", "ipt2v", run.root, "first_frame", "0")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    call(BIN / "python", *torchrun, "-m", "ipt2v", run.root, "video", "0")
+    by_torchrun = collect(run)
+    assert {item.video_provenance.num_ranks for item in by_torchrun.values()} == {2}
+    for key in ("id001/prompt1", "id001/prompt2"):  # two of five made anew, alone, on one rank
+        run.mp4_path(key).unlink()
+    run.sealed_path("video", 0).unlink()
+    call(BIN / "python", "-m", "ipt2v", run.root, "video", "0")
+    by_hand = collect(run)
+    assert {item.video_provenance.num_ranks for item in by_hand.values()} == {1}
+    assert_same_videos(by_torchrun, by_hand)
+    assert_same_videos(by_hand, collect(here[0]))
+
+
+@pytest.fixture(scope="module")
+def killed(
+    cluster: Cluster, testset: Path, toy_weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunDir, dict[str, MadeItem], str]:
+    """A run of 5 shards on SLURM, one video element of it killed half way: folder, what was made by then, output and queue."""
+    runs = tmp_path_factory.mktemp("slurm")
+    output = ipt2v("submit", CONFIG, *_slurm_words(testset, toy_weights, runs), environment=cluster.environment)
+    run = run_folder(output)
+    queue = call("squeue", "-h", "-r", "-o", "%i|%j|%E", environment=cluster.environment)
+    _kill_a_video_element(run)
+    deadline = time.monotonic() + 600
+    while any(row["queue"] for row in json.loads(_status(run, cluster))):
+        assert time.monotonic() < deadline, _status(run, cluster)
+        time.sleep(2)
+    return run, collect(run), output + queue
+
+
+@pytest.mark.slurm
+def test_both_arrays_are_queued_at_once_the_second_by_aftercorr(killed: tuple[RunDir, dict[str, MadeItem], str]) -> None:
+    _, _, output = killed
+    (first,) = (line.split()[1] for line in output.splitlines() if line.startswith("array") and "first_frame" in line)
+    waiting = [line for line in output.splitlines() if f"aftercorr:{first}_" in line]
+    assert f"aftercorr:{first}" in output
+    assert len(waiting) == 5
+
+
+@pytest.mark.slurm
+def test_after_a_sigkill_submitting_again_makes_the_missing_items_only(
+    killed: tuple[RunDir, dict[str, MadeItem], str],
+    here: tuple[RunDir, str],
+    cluster: Cluster,
+    testset: Path,
+    toy_weights: Path,
+) -> None:
+    run, before, _ = killed
+    assert 40 < len(before) < 50  # one of five elements died with something done
+    words = _slurm_words(testset, toy_weights, run.root.parent)
+    output = ipt2v("submit", CONFIG, *words, "--wait", environment=cluster.environment)
+    assert output.count("array ") == 1, "only the video element that died is submitted again"
+    after = collect(run)
+    assert len(after) == 50
+    for key, item in before.items():
+        assert after[key].video_provenance == item.video_provenance, f"{key} was made twice"
+        assert after[key].first_frame_provenance == item.first_frame_provenance
+    assert {item.video_provenance.num_ranks for item in after.values()} == {4}
+    assert_same_videos(after, collect(here[0]))
+    for key in after:
+        facts = inspect_mp4(run.mp4_path(key))
+        assert (facts.num_frames, facts.width, facts.height, facts.fps, facts.codec) == (9, 48, 32, 16.0, "h264")
+    assert not list(run.root.rglob("*.tmp"))
+    assert "50 videos" in ipt2v("package", run.root)
+
+
+@pytest.mark.slurm
+def test_cancel_empties_the_queue_and_status_needs_no_accounting(
+    cluster_without_accounting: Cluster, testset: Path, toy_weights: Path, tmp_path: Path
+) -> None:
+    environment = cluster_without_accounting.environment
+    run = run_folder(ipt2v("submit", CONFIG, *_slurm_words(testset, toy_weights, tmp_path), environment=environment))
+    rows = json.loads(ipt2v("status", run.root, "--json", environment=environment))
+    assert {row["queue"] for row in rows} <= {"PENDING", "RUNNING", "CONFIGURING"}
+    again = ipt2v("submit", CONFIG, *_slurm_words(testset, toy_weights, tmp_path), environment=environment)
+    assert "shards 0-4 are waiting or running already; left alone" in again
+    assert ipt2v("cancel", run.root, environment=environment).startswith("cancelled ")
+    deadline = time.monotonic() + 60
+    while call("squeue", "-h", environment=environment):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert "nothing to cancel" in ipt2v("cancel", run.root, environment=environment)
+
+
+def _slurm_words(testset: Path, weights: Path, runs: Path) -> tuple[str | Path, ...]:
+    words = (f"testset.path={testset}", *SMALL, "--on", "slurm", "--cluster", CLUSTERS / "devcluster.yaml", "--shards", "5")
+    return (*words, "--weights", weights, "--runs", runs)
+
+
+def _status(run: RunDir, cluster: Cluster) -> str:
+    return ipt2v("status", run.root, "--json", environment=cluster.environment)
+
+
+def _shard_of_failure(run: RunDir) -> int:
+    (failure,) = run.failures()
+    return next(shard for shard in range(3) if any(item.key == failure.key for item in run.shard(shard)))
+
+
+def _first_identity(testset: Path, tmp_path: Path) -> Path:
+    """A test set of id001 alone, in the same layout."""
+    folder = tmp_path / "id001_only"
+    folder.mkdir()
+    (folder / "id001").symlink_to((testset / "id001").resolve())
+    return folder
+
+
+def _kill_a_video_element(run: RunDir) -> None:
+    """SIGKILL rank 1 of whichever video element has written its first MP4."""
+    deadline = time.monotonic() + 600
+    while True:
+        assert time.monotonic() < deadline, "no video after 10 minutes"
+        made = {path.relative_to(run.root / "video").with_suffix("").as_posix() for path in run.root.glob("video/*/*.mp4")}
+        for shard in range(5):
+            if made & {item.key for item in run.shard(shard)}:
+                os.kill(_pid_of_rank(run, shard, rank=1), signal.SIGKILL)
+                return
+        time.sleep(0.05)
+
+
+def _pid_of_rank(run: RunDir, shard: int, rank: int) -> int:
+    wanted = {f"SLURM_ARRAY_TASK_ID={shard}".encode(), f"SLURM_PROCID={rank}".encode()}
+    arguments = {b"submitit.core._submit", str(run.jobs_path("video")).encode()}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            found, variables = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+        except OSError:
+            continue
+        if found[0].endswith(b"python") and arguments <= set(found) and wanted <= set(variables):
+            return int(process.name)
+    raise AssertionError(f"no process of video shard {shard} rank {rank}")
