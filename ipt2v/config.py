@@ -118,7 +118,7 @@ def load_settings(kind: type[SettingsT], path: Path, overrides: tuple[str, ...] 
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such settings file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no UTF-8, a date that does not exist
         raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: found {type(values).__name__}, expected a mapping of keys to values")
@@ -129,6 +129,9 @@ def load_settings(kind: type[SettingsT], path: Path, overrides: tuple[str, ...] 
 
 def parse_settings(kind: type[SettingsT], values: dict[str, Any], *, where: str) -> SettingsT:
     """`values` as `kind`; ValueError in one line if they do not fit."""
+    strangers = [key for key in values if not isinstance(key, str)]
+    if strangers:
+        raise ValueError(f"{where}: {strangers[0]}: found a key that is no text, expected a string; take it out or quote it")
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -137,7 +140,8 @@ def parse_settings(kind: type[SettingsT], values: dict[str, Any], *, where: str)
 
 def dump_settings(settings: Settings) -> str:
     """YAML text that load_settings turns into equal settings, every default written out."""
-    return yaml.safe_dump(settings.model_dump(), sort_keys=False, allow_unicode=True)
+    # escaped to ASCII: PyYAML reads some characters (U+0085) otherwise than it has written them
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
 
 
 def run_digest(config: RunConfig, *, manifest_digest: str, weights: dict[str, str]) -> str:
@@ -159,7 +163,10 @@ def _set_value(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(block, {})
         if not isinstance(values, dict):
             raise ValueError(f"override {override!r}: {block} is a value, not a block of keys")
-    values[last] = yaml.safe_load(text)
+    try:
+        values[last] = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"override {override!r}: value not readable as YAML: {' '.join(str(error).split())}") from None
 
 
 def _first_problem(kind: type[Settings], error: ValidationError) -> str:

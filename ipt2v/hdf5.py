@@ -89,7 +89,7 @@ def seal(shard: Path, parts: Iterable[tuple[str, Path]]) -> None:
 def sealed_keys(shard: Path) -> tuple[str, ...]:
     """The keys in a sealed shard, in its order."""
     with _open(shard) as file:
-        return tuple(file["keys"][...].tobytes().decode().split())
+        return tuple(key for key in file["keys"][...].tobytes().decode().split("\n") if key)
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def group_from_environment(*, max_ranks: int | None = None) -> Iterator[Group]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES))
     try:
-        ulysses = xdit.start_ulysses(rank=rank, world_size=world_size, local_rank=local_rank, backend=backend)
+        ulysses = xdit.start_ulysses(rank=rank, world_size=world_size, device_index=device.index or 0, backend=backend)
         yield Group(rank=rank, world_size=world_size, device=device, ulysses=ulysses)
     finally:
         xdit.stop()

@@ -6,6 +6,7 @@ import base64
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from jinja2 import Environment, PackageLoader
@@ -77,7 +78,7 @@ def _row(run: RunDir, shard: int, item: Item, reason: str) -> Row:
         first_frame=first_frame,
         first_frame_image="" if first_frame is None else _data_uri(first_frame.image_HWC),
         still="" if frames_THWC is None else _data_uri(frames_THWC[len(frames_THWC) // 2]),
-        mp4="" if frames_THWC is None else mp4.relative_to(run.root).as_posix(),
+        mp4="" if frames_THWC is None else quote(mp4.relative_to(run.root).as_posix()),
         reason=reason,
     )
 

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def start_ulysses(*, rank: int, world_size: int, local_rank: int, backend: str) -> ProcessGroup:
+def start_ulysses(*, rank: int, world_size: int, device_index: int, backend: str) -> ProcessGroup:
     """xDiT's Ulysses group over all ranks; torch.distributed must be up. Once in a process: xDiT keeps it in globals."""
     parallel_state = _parallel_state()
-    parallel_state.init_distributed_environment(rank=rank, world_size=world_size, local_rank=local_rank, backend=backend)
+    # xDiT's local_rank is the device that it selects
+    parallel_state.init_distributed_environment(rank=rank, world_size=world_size, local_rank=device_index, backend=backend)
     parallel_state.initialize_model_parallel(
         sequence_parallel_degree=world_size, ulysses_degree=world_size, ring_degree=1, backend=backend
     )

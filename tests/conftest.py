@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from slurm.devcluster import Cluster, missing_binaries  # by path: slurm/ is not an installed package
+
+settings.register_profile("busy_machine", deadline=None)  # an example that takes long on a shared machine is no fault
+settings.load_profile("busy_machine")
 
 
 @pytest.fixture

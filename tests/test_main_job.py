@@ -237,6 +237,6 @@ def _pid_of_rank(run: RunDir, shard: int, rank: int) -> int:
             found, variables = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
         except OSError:
             continue
-        if found[0].endswith(b"python") and arguments <= set(found) and wanted <= set(variables):
+        if Path(found[0].decode()).name.startswith("python") and arguments <= set(found) and wanted <= set(variables):
             return int(process.name)
     raise AssertionError(f"no process of video shard {shard} rank {rank}")
