@@ -77,7 +77,7 @@ def load_generator(
             )
             for message in messages
         ]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True).to(device)
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
         seeds = [item_seed(base_seed, message, "decouple") for message in messages]
         sampling = seeded_sampling(settings.temperature, settings.top_p, seeds)
         output = model.generate(**inputs, logits_processor=sampling)
@@ -114,5 +114,5 @@ class _GumbelNoise(LogitsProcessor):
 
 def clean(answer: str) -> str:
     """An answer without think blocks, in one line."""
-    answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
+    answer = re.sub(r"<think>.*?(</think>|\Z)", "", answer, flags=re.DOTALL)  # \Z: cut off while thinking
     return " ".join(answer.rpartition("</think>")[2].split())

@@ -16,13 +16,20 @@ def read_template(name: str) -> str:
     if "{prompt}" in name:
         return name
     path = FOLDER / f"{name}.txt" if re.fullmatch(r"\w+", name) else Path(name)
-    if not path.is_file():
+    if not _is_file(path):
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.txt")))
         raise ValueError(f"template {name!r}: no such file; give a path to a text file, or a packaged one: {known}")
     text = path.read_text(encoding="utf-8").strip()
     if "{prompt}" not in text:
         raise ValueError(f"template {path}: no {{prompt}} in it; mark the place of the test set's prompt so")
     return text
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long for a name: a template's text, with {prompt} forgotten
+        return False
 
 
 def fill(template: str, prompt: str, subject: str) -> str:
