@@ -44,14 +44,16 @@ def write_report(run: RunDir) -> Path:
     reasons = {failure.key: f"{failure.stage}: {failure.reason}" for failure in run.failures()}
     shards = [(shard, run.shard(shard)) for shard in range(environment.num_shards)]
     rows = [_row(run, shard, item, reasons.get(item.key, "")) for shard, items in shards for item in items]
-    counts = {stage: [run.count(stage, shard, items) for shard, items in shards] for stage in STAGES}
+    done = {
+        stage: sum(len(run.done(stage, shard, [item.key for item in items])) for shard, items in shards) for stage in STAGES
+    }
     page = Environment(loader=PackageLoader("ipt2v"), autoescape=True).get_template("report.html")
     text = page.render(
         config=config,
         environment=environment,
         rows=rows,
         num_items=len(rows),
-        done={stage: sum(count.done for count in per_shard) for stage, per_shard in counts.items()},
+        done=done,
         toy=any((Path(environment.weights_dir) / folder / TOY_MARK).exists() for folder in environment.weights),
     )
     path = run.root / "report.html"

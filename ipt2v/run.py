@@ -37,6 +37,10 @@ class _Work:
     items: tuple[Item, ...]
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(item.key for item in self.items)
+
+    @property
     def weights_dir(self) -> Path:
         return Path(self.environment.weights_dir)
 
@@ -68,8 +72,8 @@ def run_shard(run_dir: str | Path, stage: str, shard: int) -> ShardResult:
     with group_from_environment(max_ranks=max_ranks) as group:
         make(work, group)
         if group.is_first:
-            seal_shard(work.run, stage, shard, work.items)
-            count = work.run.count(stage, shard, work.items)
+            seal_shard(work.run, stage, shard, work.keys)
+            count = work.run.count(stage, shard, work.keys)
             log.info("%s shard %d: %d done, %d failed", stage, shard, count.done, count.failed)
         result = ShardResult(done=count.done, failed=count.failed) if group.is_first else ShardResult(done=0, failed=0)
         return group.from_first(result)
@@ -99,7 +103,7 @@ def _open(run: RunDir, stage: str, shard: int) -> _Work:
 def _make_first_frames(work: _Work, group: Group) -> None:
     from ipt2v.stages import first_frame
 
-    finished = _recorded(work, "first_frame") | work.run.failed("first_frame", work.items)
+    finished = _recorded(work, "first_frame") | work.run.failed("first_frame", work.keys)
     todo = [item for item in work.items if item.key not in finished]
     for made in first_frame.make(todo, work.run.config(), work.weights_dir, group.device):
         if isinstance(made, Failure):
@@ -138,22 +142,22 @@ _STAGES = {"first_frame": (_make_first_frames, 1), "video": (_make_videos, None)
 
 def _videos_to_make(work: _Work) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(keys with latents but no MP4, keys without either). Raises ValueError if array 1 is not done with the shard."""
-    keys = [item.key for item in work.items]
-    first_frames, failed = _recorded(work, "first_frame"), work.run.failed("first_frame", work.items)
+    keys = work.keys
+    first_frames, failed = _recorded(work, "first_frame"), work.run.failed("first_frame", work.keys)
     early = [key for key in keys if key not in first_frames | failed]
     if early:
         raise ValueError(
             f"video shard {work.shard}: {len(early)} of {len(keys)} first frames are missing ({early[0]}, ...); "
             f"first run `python -m ipt2v {work.run.root} first_frame {work.shard}`"
         )
-    recorded, delivered = _recorded(work, "video"), work.run.done("video", work.shard, work.items)
+    recorded, delivered = _recorded(work, "video"), work.run.done("video", work.shard, keys)
     undecoded = tuple(key for key in keys if key in recorded - delivered)
     return undecoded, tuple(key for key in keys if key in first_frames - recorded)
 
 
 def _recorded(work: _Work, stage: str) -> set[str]:
     """Keys with a record of this run, each opened. Raises ValueError for a record of another run, or one that does not open."""
-    recorded = work.run.recorded(stage, work.shard, work.items) & {item.key for item in work.items}
+    recorded = work.run.recorded(stage, work.shard, work.keys)
     for key in recorded:
         hdf5.load_provenance(_path(work, stage, key), key, run_digest=work.environment.run_digest)
     return recorded

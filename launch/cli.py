@@ -163,7 +163,9 @@ def cancel(run: RunArgument) -> None:
     from ipt2v.run_dir import RunDir
     from launch.queue import cancel as cancel_jobs
 
-    ids = cancel_jobs(RunDir(run))
+    opened = RunDir(run)
+    opened.environment()  # a mistyped folder must not look like an idle run
+    ids = cancel_jobs(opened)
     print(f"cancelled {', '.join(ids)}" if ids else "nothing to cancel: no job of this run waits or runs")
 
 

@@ -34,7 +34,8 @@ class Prepared:
 
     def counts(self) -> list[StageCount]:
         """Progress of every stage of every shard; nothing is done where the run folder is not there."""
-        return [self.run.count(stage, shard, items) for stage in STAGES for shard, items in enumerate(self.shards)]
+        keys = [[item.key for item in items] for items in self.shards]
+        return [self.run.count(stage, shard, keys[shard]) for stage in STAGES for shard in range(len(keys))]
 
 
 def prepare(config: RunConfig, *, weights_dir: Path, runs_dir: Path, num_shards: int | None = None) -> Prepared:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console
-from rich.table import Table
-
 from ipt2v.run_dir import STAGES, RunDir, StageCount
 from launch.queue import live_elements
 
@@ -16,8 +13,11 @@ MAX_REASONS = 20
 
 def count_all(run: RunDir) -> list[StageCount]:
     """Progress of every stage of every shard."""
-    shards = [(shard, run.shard(shard)) for shard in range(run.environment().num_shards)]
-    return [run.count(stage, shard, items) for stage in STAGES for shard, items in shards]
+    counts = []
+    for shard in range(run.environment().num_shards):
+        keys = run.shard_keys(shard)
+        counts += [run.count(stage, shard, keys) for stage in STAGES]
+    return sorted(counts, key=lambda count: (STAGES.index(count.stage), count.shard))
 
 
 def summary(counts: list[StageCount]) -> str:
@@ -55,14 +55,16 @@ def wait_for_queue(run: RunDir, tick: ProgressLine) -> None:
 
 
 def print_status(run: RunDir, counts: list[StageCount], live: dict[tuple[str, int], str]) -> None:
-    """A table of stages and shards, totals, and the reasons of failures."""
-    table = Table("stage", "shard", "done", "failed", "missing", "queue", box=None)
-    for count in counts:
-        cells = (str(number) for number in (count.shard, count.done, count.failed, count.missing))
-        table.add_row(count.stage, *cells, live.get((count.stage, count.shard), "").lower())
-    Console().print(table, f"\n{summary(counts)}", highlight=False)
+    """A line for each shard that is not finished, totals, and the reasons of failures."""
+    open_counts = [count for count in counts if count.failed or count.missing]
+    lines = [f"{'stage':<12} {'shard':>5} {'done':>6} {'failed':>6} {'missing':>7}  queue"] if open_counts else []
+    for count in open_counts:
+        state = live.get((count.stage, count.shard), "").lower()
+        lines.append(
+            f"{count.stage:<12} {count.shard:>5} {count.done:>6} {count.failed:>6} {count.missing:>7}  {state}".rstrip()
+        )
     failures = run.failures()
-    for failure in failures[:MAX_REASONS]:
-        print(f"failed: {failure.key} ({failure.stage}): {failure.reason}")
+    lines += [f"failed: {failure.key} ({failure.stage}): {failure.reason}" for failure in failures[:MAX_REASONS]]
     if len(failures) > MAX_REASONS:
-        print(f"... and {len(failures) - MAX_REASONS} more below {run.root / 'failure'}")
+        lines.append(f"... and {len(failures) - MAX_REASONS} more below {run.root / 'failure'}")
+    print("\n".join([*lines, summary(counts)]))

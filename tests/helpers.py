@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from ipt2v.config import RunConfig, load_settings
 from ipt2v.models.catalogue import folders, needed_files
-from ipt2v.records import FirstFrame, Provenance, TextEmbedding, VideoLatents
+from ipt2v.records import FirstFrame, Item, Provenance, TextEmbedding, VideoLatents
 from ipt2v.run_dir import RunDir
 from launch.freeze import freeze, prepare
 
@@ -106,3 +107,7 @@ def run_command(*command: str, expect: int = 0) -> subprocess.CompletedProcess[s
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60, check=False)
     assert done.returncode == expect, f"{command}: exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def keys_of(items: Iterable[Item]) -> list[str]:
+    return [item.key for item in items]

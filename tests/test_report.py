@@ -79,7 +79,7 @@ def test_a_page_shows_what_is_made(run: RunDir) -> None:
 def test_a_page_of_a_sealed_shard_is_the_same(run: RunDir) -> None:
     make(run, "id001/prompt1")
     before = write_report(run).read_bytes()
-    seal_shard(run, "first_frame", 0, run.shard(0))
+    seal_shard(run, "first_frame", 0, run.shard_keys(0))
     assert write_report(run).read_bytes() == before
 
 

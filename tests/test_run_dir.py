@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from helpers import first_frame, frozen_run, provenance, run_python, video_latents
+from helpers import first_frame, frozen_run, keys_of, provenance, run_python, video_latents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,7 +77,7 @@ def test_an_item_is_done_failed_or_missing_by_its_files_alone(states: list[str])
         run = RunDir(Path(folder))
         for item, state in zip(items, states, strict=True):
             put(run, item.key, state)
-        first_frames, videos = (run.count(stage, 0, items) for stage in STAGES)
+        first_frames, videos = (run.count(stage, 0, keys_of(items)) for stage in STAGES)
     made, failed = (
         sum(state in ("first_frame", "latents", "video", "video failed") for state in states),
         states.count("first_frame failed"),
@@ -94,21 +94,21 @@ def test_a_video_counts_only_with_its_mp4(run: RunDir) -> None:
     for item in items:
         touch(run.part_path("video", item.key))
     touch(run.mp4_path(items[0].key))
-    assert run.done("video", 0, items) == {items[0].key}
+    assert run.done("video", 0, keys_of(items)) == {items[0].key}
 
 
 def test_what_failed_as_first_frame_has_failed_as_video(run: RunDir) -> None:
     items = run.shard(0)
     run.save_failure(Failure(key=items[0].key, stage="first_frame", reason="no face"))
-    assert (run.count("video", 0, items).failed, run.count("video", 0, items).missing) == (1, 3)
+    assert (run.count("video", 0, keys_of(items)).failed, run.count("video", 0, keys_of(items)).missing) == (1, 3)
 
 
 def test_an_item_that_failed_once_and_was_made_later_is_done(run: RunDir) -> None:
     items = run.shard(0)
     run.save_failure(Failure(key=items[0].key, stage="first_frame", reason="no face"))
     put(run, items[0].key, "video")
-    assert [run.count(stage, 0, items).done for stage in STAGES] == [1, 1]
-    assert [run.count(stage, 0, items).failed for stage in STAGES] == [0, 0]
+    assert [run.count(stage, 0, keys_of(items)).done for stage in STAGES] == [1, 1]
+    assert [run.count(stage, 0, keys_of(items)).failed for stage in STAGES] == [0, 0]
 
 
 def test_scratch_files_are_no_records(run: RunDir) -> None:
@@ -121,22 +121,22 @@ def test_scratch_files_are_no_records(run: RunDir) -> None:
         touch(path.with_name(f".{path.name}.77-0a1b2c3d.tmp"))
         touch(path.with_name(f".{path.name}"))
         touch(path.with_name(f"{path.name}.tmp"))
-    assert [run.count(stage, 0, items).missing for stage in STAGES] == [4, 4]
+    assert [run.count(stage, 0, keys_of(items)).missing for stage in STAGES] == [4, 4]
 
 
 def test_a_neighbour_shard_of_the_same_run_is_not_counted(tmp_path: Path) -> None:
     run = frozen_run(tmp_path, num_shards=2)
     for item in run.shard(0):
         put(run, item.key, "video")
-    assert [run.count("video", shard, run.shard(shard)).done for shard in (0, 1)] == [2, 0]
+    assert [run.count("video", shard, run.shard_keys(shard)).done for shard in (0, 1)] == [2, 0]
 
 
 def test_sealing_changes_no_count_and_leaves_no_part(run: RunDir) -> None:
     items = run.shard(0)
     make_first_frames(run, items[:3])
-    before = run.count("first_frame", 0, items)
-    seal_shard(run, "first_frame", 0, items)
-    assert run.count("first_frame", 0, items) == before
+    before = run.count("first_frame", 0, keys_of(items))
+    seal_shard(run, "first_frame", 0, keys_of(items))
+    assert run.count("first_frame", 0, keys_of(items)) == before
     assert list((run.root / "first_frame" / "parts").rglob("*.h5")) == []
 
 
@@ -144,16 +144,16 @@ def test_a_shard_is_sealed_again_with_what_was_made_later(run: RunDir) -> None:
     items = run.shard(0)
     for made in (items[:1], items[1:]):
         make_first_frames(run, made)
-        seal_shard(run, "first_frame", 0, items)
+        seal_shard(run, "first_frame", 0, keys_of(items))
     assert hdf5.sealed_keys(run.sealed_path("first_frame", 0)) == tuple(item.key for item in items)
 
 
 def test_sealing_a_sealed_shard_does_not_touch_it(run: RunDir) -> None:
     items = run.shard(0)
     make_first_frames(run, items)
-    seal_shard(run, "first_frame", 0, items)
+    seal_shard(run, "first_frame", 0, keys_of(items))
     before = run.sealed_path("first_frame", 0).stat()
-    seal_shard(run, "first_frame", 0, items)
+    seal_shard(run, "first_frame", 0, keys_of(items))
     assert run.sealed_path("first_frame", 0).stat() == before
 
 
@@ -164,7 +164,7 @@ def test_a_record_is_found_in_its_part_then_in_its_shard_then_not(run: RunDir) -
         run.record_path("first_frame", 0, key)
     make_first_frames(run, items[:1])
     assert run.record_path("first_frame", 0, key) == run.part_path("first_frame", key)
-    seal_shard(run, "first_frame", 0, items)
+    seal_shard(run, "first_frame", 0, keys_of(items))
     assert run.record_path("first_frame", 0, key) == run.sealed_path("first_frame", 0)
 
 
@@ -172,9 +172,9 @@ def test_a_sealed_shard_of_videos_counts_with_the_mp4s(run: RunDir) -> None:
     items = run.shard(0)
     for item in items:
         hdf5.save_video_latents(run.part_path("video", item.key), video_latents(item.key), provenance("0" * 64))
-    seal_shard(run, "video", 0, items)
+    seal_shard(run, "video", 0, keys_of(items))
     touch(run.mp4_path(items[2].key))
-    assert run.done("video", 0, items) == {items[2].key}
+    assert run.done("video", 0, keys_of(items)) == {items[2].key}
 
 
 def test_failures_are_read_as_they_were_saved(run: RunDir) -> None:
