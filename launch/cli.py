@@ -57,7 +57,7 @@ def plan(
     runs: RunsOption = None,
 ) -> None:
     """Print what `submit` would do, sbatch scripts included; write and submit nothing."""
-    from launch.progress import summary
+    from launch.progress import ranges, summary
     from launch.submit import sbatch_text
 
     prepared, site = _prepare(config, overrides, cluster, shards, weights, runs)
@@ -68,7 +68,7 @@ def plan(
         resources = site.resources(submission.stage)
         ranks = f"{1 if on == Place.here else resources.num_tasks} ranks per element"
         waits = f", element i after element i of array {number - 1}" if submission.after else ""
-        print(f"\narray {number}: {submission.stage}, shards {_ranges(submission.shards)}, {ranks}{waits}")
+        print(f"\narray {number}: {submission.stage}, shards {ranges(submission.shards)}, {ranks}{waits}")
         if on == Place.slurm:
             after = f"<job id of array {number - 1}>" if submission.after else None
             print(_indented(sbatch_text(prepared.run, site, submission, after)))
@@ -256,6 +256,7 @@ def _todo(prepared: Prepared, site: Cluster, on: Place) -> tuple[Submission, ...
     from ipt2v.models.catalogue import num_attention_heads
     from ipt2v.models.vace.degrees import check_degree
     from launch.plan import plan_submissions
+    from launch.progress import ranges
     from launch.queue import live_elements
 
     if on != Place.here:
@@ -263,7 +264,7 @@ def _todo(prepared: Prepared, site: Cluster, on: Place) -> tuple[Submission, ...
         check_degree(site.video.num_tasks, num_heads, model=prepared.config.video.model)
     busy = {shard for _, shard in live_elements(prepared.run)}
     if busy:
-        print(f"shards {_ranges(tuple(sorted(busy)))} are waiting or running already; left alone")
+        print(f"shards {ranges(tuple(sorted(busy)))} are waiting or running already; left alone")
     return plan_submissions(prepared.counts(), busy)
 
 
@@ -297,17 +298,6 @@ def _finish(run: RunDir, problems: list[str]) -> None:
         print(f"failed: {failure.key} ({failure.stage}): {failure.reason}", file=sys.stderr)
     if any(count.failed or count.missing for count in counts):
         raise typer.Exit(1)
-
-
-def _ranges(shards: tuple[int, ...]) -> str:
-    """0-3,7 for (0, 1, 2, 3, 7)."""
-    runs: list[list[int]] = []
-    for shard in shards:
-        if runs and shard == runs[-1][-1] + 1:
-            runs[-1].append(shard)
-        else:
-            runs.append([shard])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _indented(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from ipt2v.run_dir import STAGES, RunDir, StageCount
 from launch.queue import live_elements
@@ -55,16 +56,36 @@ def wait_for_queue(run: RunDir, tick: ProgressLine) -> None:
 
 
 def print_status(run: RunDir, counts: list[StageCount], live: dict[tuple[str, int], str]) -> None:
-    """A line for each shard that is not finished, totals, and the reasons of failures."""
-    open_counts = [count for count in counts if count.failed or count.missing]
-    lines = [f"{'stage':<12} {'shard':>5} {'done':>6} {'failed':>6} {'missing':>7}  queue"] if open_counts else []
-    for count in open_counts:
-        state = live.get((count.stage, count.shard), "").lower()
-        lines.append(
-            f"{count.stage:<12} {count.shard:>5} {count.done:>6} {count.failed:>6} {count.missing:>7}  {state}".rstrip()
-        )
+    """A line for each shard that is not finished and one for all that are, by stage; reasons of failures; totals."""
+    lines = [_status_line("stage", "shards", "done", "failed", "missing", "queue")]
+    for stage in STAGES:
+        mine = [count for count in counts if count.stage == stage]
+        finished = [count for count in mine if not count.failed and not count.missing]
+        if finished:
+            shards, done = ranges([count.shard for count in finished]), sum(count.done for count in finished)
+            lines.append(_status_line(stage, shards, done, 0, 0, ""))
+        for count in mine:
+            if count.failed or count.missing:
+                state = live.get((stage, count.shard), "").lower()
+                lines.append(_status_line(stage, count.shard, count.done, count.failed, count.missing, state))
     failures = run.failures()
     lines += [f"failed: {failure.key} ({failure.stage}): {failure.reason}" for failure in failures[:MAX_REASONS]]
     if len(failures) > MAX_REASONS:
         lines.append(f"... and {len(failures) - MAX_REASONS} more below {run.root / 'failure'}")
     print("\n".join([*lines, summary(counts)]))
+
+
+def _status_line(stage: str, shards: object, *numbers: object) -> str:
+    done, failed, missing, state = numbers
+    return f"{stage:<12} {shards!s:<9} {done:>6} {failed:>7} {missing:>8}  {state}".rstrip()
+
+
+def ranges(shards: Sequence[int]) -> str:
+    """0-3,7 for (0, 1, 2, 3, 7)."""
+    runs: list[list[int]] = []
+    for shard in shards:
+        if runs and shard == runs[-1][-1] + 1:
+            runs[-1].append(shard)
+        else:
+            runs.append([shard])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

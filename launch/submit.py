@@ -20,7 +20,7 @@ from ipt2v.run_dir import RunDir
 from launch.cluster import Cluster
 from launch.job import ShardJob
 from launch.plan import Submission
-from launch.queue import Submitted, kill_tree, remember, submissions
+from launch.queue import Submitted, kill_tree, remember
 
 LOCAL_POLL_SECONDS = 0.2
 MAX_TIMEOUTS = 3  # requeues after a time limit; preemptions do not count
@@ -110,9 +110,8 @@ def run_local(run: RunDir, cluster: Cluster, plan: Iterable[Submission], tick: C
             tick()
             time.sleep(LOCAL_POLL_SECONDS)
     finally:
-        for submitted in submissions(run):  # Ctrl-C: no process outlives the driver
-            if submitted.job_id in {job.job_id for job in running.values()}:
-                kill_tree(int(submitted.job_id))
+        for job in running.values():  # Ctrl-C: no process outlives the driver
+            kill_tree(int(job.job_id))
     return problems
 
 

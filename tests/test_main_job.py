@@ -97,7 +97,7 @@ def test_local_two_ranks_make_the_same_videos(
     made = collect(run_folder(output))
     assert len(made) == 5
     assert {item.video_provenance.num_ranks for item in made.values()} == {2}
-    assert_same_videos(made, collect(here[0]))
+    assert_same_videos(made, collect(here[0]), latents_within=1e-4)
 
 
 def test_by_hand_and_under_torchrun_a_frozen_run_makes_the_same_videos(
@@ -113,14 +113,12 @@ def test_by_hand_and_under_torchrun_a_frozen_run_makes_the_same_videos(
     call(BIN / "python", *torchrun, "-m", "ipt2v", run.root, "video", "0")
     by_torchrun = collect(run)
     assert {item.video_provenance.num_ranks for item in by_torchrun.values()} == {2}
-    for key in ("id001/prompt1", "id001/prompt2"):  # two of five made anew, alone, on one rank
-        run.mp4_path(key).unlink()
-    run.sealed_path("video", 0).unlink()
+    run.sealed_path("video", 0).unlink()  # the records: all are made anew, on one rank
     call(BIN / "python", "-m", "ipt2v", run.root, "video", "0")
     by_hand = collect(run)
     assert {item.video_provenance.num_ranks for item in by_hand.values()} == {1}
-    assert_same_videos(by_torchrun, by_hand)
-    assert_same_videos(by_hand, collect(here[0]))
+    assert_same_videos(by_torchrun, by_hand, latents_within=1e-4)
+    assert_same_videos(by_hand, collect(here[0]), latents_within=0)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +166,7 @@ def test_after_a_sigkill_submitting_again_makes_the_missing_items_only(
         assert after[key].video_provenance == item.video_provenance, f"{key} was made twice"
         assert after[key].first_frame_provenance == item.first_frame_provenance
     assert {item.video_provenance.num_ranks for item in after.values()} == {4}
-    assert_same_videos(after, collect(here[0]))
+    assert_same_videos(after, collect(here[0]), latents_within=1e-4)
     for key in after:
         facts = inspect_mp4(run.mp4_path(key))
         assert (facts.num_frames, facts.width, facts.height, facts.fps, facts.codec) == (9, 48, 32, 16.0, "h264")
