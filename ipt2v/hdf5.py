@@ -11,6 +11,7 @@ renamed into place.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -94,8 +95,42 @@ def sealed_keys(shard: Path) -> tuple[str, ...]:
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[h5py.File]:
-    with replacing(path) as scratch, h5py.File(scratch, "w") as file:
-        yield file
+    with replacing(path) as scratch, scratch.open("w+b", buffering=0) as raw:
+        disk = _Disk(raw)
+        with h5py.File(disk, "w") as file:
+            yield file
+        if disk.error is not None:
+            raise disk.error
+
+
+class _Disk:
+    """A file for HDF5 to write to, on which writing never fails; the first error is kept, for the caller to raise.
+
+    Told of a full disk, HDF5 (2.0) cannot close its file any more, and the process dies of a segmentation fault when it ends.
+    """
+
+    def __init__(self, raw: io.FileIO) -> None:
+        self.raw = raw
+        self.error: OSError | None = None
+        self.seek, self.tell, self.read, self.readinto = raw.seek, raw.tell, raw.read, raw.readinto
+
+    def write(self, data: bytes) -> int:
+        rest = memoryview(data)
+        while rest and self.error is None:
+            try:
+                rest = rest[self.raw.write(rest) :]
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def truncate(self, size: int) -> None:
+        try:
+            self.raw.truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+
+    def flush(self) -> None:
+        """Nothing is held back; what reaches the disk is the business of the fsync before the rename."""
 
 
 @contextmanager

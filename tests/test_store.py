@@ -12,7 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from helpers import first_frame, noise_frames, provenance, video_latents
+from helpers import first_frame, noise_frames, provenance, run_python, video_latents
 
 from ipt2v import hdf5
 from ipt2v.atomic import replacing, write_text
@@ -272,6 +272,22 @@ def test_a_full_disk_keeps_the_record_that_was_there(tiny_disk: Path) -> None:
         save_large_latents(target, 8_000)
     assert target.read_bytes() == old
     target.unlink()
+
+
+SAVE_AND_GO_ON = """
+import sys; sys.path.insert(0, "tests")
+from pathlib import Path
+from test_store import save_large_latents
+try:
+    save_large_latents(Path(sys.argv[1]), 8_000)
+except OSError as error:
+    print(error.errno)
+"""
+
+
+def test_a_process_outlives_a_full_disk(tiny_disk: Path) -> None:
+    """HDF5 by itself cannot close its file then, and ends the process by a segmentation fault."""
+    assert run_python(SAVE_AND_GO_ON, str(tiny_disk / "record")) == f"{errno.ENOSPC}\n"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
