@@ -42,6 +42,8 @@ class DecoupleConfig(Settings):
     # a name in ipt2v/prompts, a path to a text file with {prompt}, or the text itself; frozen as text
     spatial_template: str = "spatial"
     temporal_template: str = "temporal"
+    prompts: Literal["refined", "raw"] = "refined"  # what animates: the polisher's answer, or the test set's prompt as it is
+    spatial_source: Literal["raw", "polished"] = "raw"  # what the parser reads: the paper says raw, its released code polished
 
 
 class PictureSize(Settings):

@@ -31,6 +31,7 @@ def save_first_frame(path: Path, record: FirstFrame, provenance: Provenance) -> 
         group = _item_group(file, record.key, provenance)
         for name in ("subject", "spatial_prompt", "temporal_prompt", "attempts"):
             group.attrs[name] = getattr(record, name)
+        group.attrs["notes"] = json.dumps(record.notes)
         group.attrs["similarity"] = np.nan if record.similarity is None else record.similarity
         group.attrs["temporal_text"] = _save_text(file, record.temporal)
         group.attrs["negative_text"] = _save_text(file, record.negative)
@@ -49,6 +50,7 @@ def load_first_frame(path: Path, key: str, *, run_digest: str) -> FirstFrame:
             image_HWC=group["image"][...],
             similarity=None if np.isnan(similarity) else similarity,
             attempts=int(group.attrs["attempts"]),
+            notes=tuple(json.loads(group.attrs["notes"])),
             temporal=_load_text(file, group.attrs["temporal_text"]),
             negative=_load_text(file, group.attrs["negative_text"]),
         )

@@ -45,6 +45,14 @@ def item_seed(base_seed: int, key: str, purpose: str) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What the LLM said."""
+
+    text: str
+    finished: bool  # False: it was cut off at max_new_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TextEmbedding:
     """The video model's view of one text, without padding."""
 
@@ -67,6 +75,7 @@ class FirstFrame:
     image_HWC: NDArray[np.uint8]  # 0..255 RGB
     similarity: float | None  # ArcFace cosine to the reference, -1..1; None if no face was compared
     attempts: int  # paintings made to choose from
+    notes: tuple[str, ...]  # what fell back to something else on the way, and why
     temporal: TextEmbedding
     negative: TextEmbedding
 

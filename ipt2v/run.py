@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ipt2v import hdf5
+from ipt2v.answers import answer_all
 from ipt2v.mp4 import write_mp4
 from ipt2v.parallel import Group, group_from_environment
 from ipt2v.records import Failure, Item, Made, Provenance, VideoLatents
@@ -105,7 +107,9 @@ def _make_first_frames(work: _Work, group: Group) -> None:
 
     finished = _recorded(work, "first_frame") | work.run.failed("first_frame", work.keys)
     todo = [item for item in work.items if item.key not in finished]
-    for made in first_frame.make(todo, work.run.config(), work.weights_dir, group.device):
+    config = work.run.config()
+    remember = partial(answer_all, folder=work.run.answers_path, batch_size=config.decouple.batch_size)
+    for made in first_frame.make(todo, config, work.weights_dir, group.device, remember):
         if isinstance(made, Failure):
             work.run.save_failure(made)
             log.warning("first_frame %s failed: %s", made.key, made.reason)

@@ -2,6 +2,7 @@
 
     config.yaml  manifest.jsonl  environment.json  shards/000.jsonl    frozen once; jobs read only these
     first_frame/parts/<key>.h5 -> first_frame/000.h5                   one record, sealed when its shard is done
+    first_frame/answers/                                               what the LLM said, once for each distinct question
     video/<key>.mp4  video/parts/<key>.h5 -> video/000.h5              the delivered file; latents and provenance beside it
     failure/<stage>/<key>.json                                         an item that cannot be made, and why
     package/  jobs/<stage>/                                            the leaderboard's zip; submitit's pickles and logs
@@ -87,6 +88,10 @@ class RunDir:
 
     def jobs_path(self, stage: str) -> Path:
         return self.root / "jobs" / stage
+
+    @property
+    def answers_path(self) -> Path:
+        return self.root / "first_frame" / "answers"
 
     @property
     def package_path(self) -> Path:

@@ -82,6 +82,7 @@ def first_frame(
         image_HWC=random.integers(0, 256, (64, 96, 3), dtype=np.uint8),
         similarity=similarity,
         attempts=3,
+        notes=("temporal prompt: the answer is empty",),
         temporal=TextEmbedding(text=f"She walks as {key}.", embedding_LD=random.normal(size=(7, 16)).astype(np.float32)),
         negative=TextEmbedding(text=negative, embedding_LD=np.arange(48, dtype=np.uint16).reshape(3, 16) + 0x3F80),
     )

@@ -61,6 +61,8 @@ def value_at(config: RunConfig, path: tuple[str, ...]) -> Any:
 
 def another(value: Any, path: tuple[str, ...]) -> Any:
     """A legal value that is not `value`."""
+    if path[-1] in CHOICES:
+        return CHOICES[path[-1]]
     if path[-1] == "top_p":
         return value / 2
     if path[-1].endswith("dtype"):
@@ -74,6 +76,7 @@ def digest(config: RunConfig, manifest: str = "m", weights: str = "w") -> str:
     return run_digest(config, manifest_digest=manifest, weights={"folder": weights})
 
 
+CHOICES = {"prompts": "raw", "spatial_source": "polished"}  # what is not the default
 SMALL = parse_settings(RunConfig, {"name": "small", "testset": {"path": "here"}}, where="test")
 LEAVES = [path for path, _ in leaves(RunConfig)]
 PIXELS = [path for path in LEAVES if path[0] not in ("name", "testset")]

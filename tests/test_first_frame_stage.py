@@ -14,7 +14,7 @@ from PIL import Image
 from ipt2v.config import DecoupleConfig, FirstFrameConfig, RunConfig, VideoConfig
 from ipt2v.models.sdxl import load_painter
 from ipt2v.models.umt5 import load_text_encoder
-from ipt2v.records import Failure, FirstFrame, Item, Made, item_seed
+from ipt2v.records import Answer, Failure, FirstFrame, Item, Made, item_seed
 from ipt2v.stages.first_frame import make
 
 pytestmark = pytest.mark.slow
@@ -46,6 +46,11 @@ PROMPTS = (
 Results = list[Made[FirstFrame] | Failure]
 
 
+def ask_all(messages: Sequence[str], generate: Callable[[Sequence[str]], list[Answer]]) -> list[Answer]:
+    """Remembers nothing."""
+    return generate(messages)
+
+
 @pytest.fixture(scope="module")
 def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
     """Five items, of which items 1 and 4 have a photo that is cut off."""
@@ -64,7 +69,7 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
 
 @pytest.fixture(scope="module")
 def run(toy_weights: Path) -> Callable[[Sequence[Item]], Results]:
-    return lambda items: list(make(items, CONFIG, toy_weights, CPU))
+    return lambda items: list(make(items, CONFIG, toy_weights, CPU, ask_all))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,7 @@ def records(results: Results) -> dict[str, FirstFrame]:
 
 def same(one: FirstFrame, other: FirstFrame) -> bool:
     """Equal to the last bit; frozen records that hold arrays have no == of their own."""
-    plain = ("key", "subject", "spatial_prompt", "temporal_prompt", "similarity", "attempts")
+    plain = ("key", "subject", "spatial_prompt", "temporal_prompt", "similarity", "attempts", "notes")
     texts = ((one.temporal, other.temporal), (one.negative, other.negative))
     return (
         all(getattr(one, name) == getattr(other, name) for name in plain)
@@ -107,18 +112,18 @@ def test_a_photo_that_does_not_decode_is_a_failure_with_its_reason(results: Resu
 
 
 def test_if_no_photo_decodes_no_model_is_loaded(items: list[Item], tmp_path: Path) -> None:
-    results = list(make([items[1], items[4]], CONFIG, tmp_path / "no weights here", CPU))
+    results = list(make([items[1], items[4]], CONFIG, tmp_path / "no weights here", CPU, ask_all))
     assert [type(result) for result in results] == [Failure, Failure]
 
 
 def test_of_no_items_nothing_is_made_and_no_model_is_loaded(tmp_path: Path) -> None:
-    assert list(make([], CONFIG, tmp_path / "no weights here", CPU)) == []
+    assert list(make([], CONFIG, tmp_path / "no weights here", CPU, ask_all)) == []
 
 
 def test_a_photo_that_has_changed_stops_the_run(items: list[Item], tmp_path: Path) -> None:
     changed = Item(identity="person", prompt_id="00", prompt="x", reference=items[0].reference, reference_sha256="0" * 64)
     with pytest.raises(ValueError, match="has changed"):
-        list(make([changed], CONFIG, tmp_path / "no weights here", CPU))
+        list(make([changed], CONFIG, tmp_path / "no weights here", CPU, ask_all))
 
 
 # ---- what a record holds
@@ -176,7 +181,7 @@ def test_a_record_does_not_depend_on_the_other_items_of_the_call(
 def test_the_runs_seed_changes_prompts_and_pictures(
     records: dict[str, FirstFrame], items: list[Item], toy_weights: Path
 ) -> None:
-    (made,) = make([items[0]], CONFIG.model_copy(update={"seed": 12}), toy_weights, CPU)
+    (made,) = make([items[0]], CONFIG.model_copy(update={"seed": 12}), toy_weights, CPU, ask_all)
     assert isinstance(made, Made)
     before = records[items[0].key]
     assert made.record.temporal_prompt != before.temporal_prompt
@@ -184,7 +189,7 @@ def test_the_runs_seed_changes_prompts_and_pictures(
 
 
 def test_each_record_is_there_before_the_next_is_painted(items: list[Item], toy_weights: Path) -> None:
-    results = make([items[0], items[2]], CONFIG, toy_weights, CPU)
+    results = make([items[0], items[2]], CONFIG, toy_weights, CPU, ask_all)
     first = next(results)
     results.close()  # the job ends here
     assert isinstance(first, Made) and first.record.key == items[0].key

@@ -14,7 +14,7 @@ LAYERS = (
     ("records", "atomic", "version", "prompts"),
     ("config", "manifest", "references"),
     ("testsets",),
-    ("hdf5", "mp4"),
+    ("answers", "hdf5", "mp4"),
     ("run_dir",),
     ("package", "report"),
     ("xdit",),
@@ -25,7 +25,7 @@ LAYERS = (
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-FILES = {"atomic", "hdf5", "mp4", "run_dir", "package", "report", "testsets", "manifest"}
+FILES = {"answers", "atomic", "hdf5", "mp4", "run_dir", "package", "report", "testsets", "manifest"}
 MAX_LINES, MAX_PARAMETERS = 40, 6
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -12,14 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer
 
 from ipt2v.config import DecoupleConfig
-from ipt2v.models.llm import Decoupled, clean, load_decoupler, load_generator, seeded_sampling
-from ipt2v.prompts import fill, read_template
-from ipt2v.records import item_seed
+from ipt2v.models.llm import load_generator, seeded_sampling
+from ipt2v.records import Answer, item_seed
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +38,11 @@ def qwen(toy_weights: Path) -> Path:
 
 
 def answers(folder: Path, messages: Sequence[str], *, base_seed: int = 7, **changes: Any) -> list[str]:
-    return load_generator(folder, settings(**changes), base_seed=base_seed, device=CPU)(messages)
+    return texts(load_generator(folder, settings(**changes), base_seed=base_seed, device=CPU)(messages))
+
+
+def texts(answers: Sequence[Answer]) -> list[str]:
+    return [answer.text for answer in answers]
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +130,8 @@ def test_temperature_0_is_greedy_for_every_seed(qwen: Path) -> None:
 def test_an_answer_does_not_depend_on_what_is_asked_before_it(qwen: Path, alone: dict[str, str]) -> None:
     generate = load_generator(qwen, settings(), base_seed=7, device=CPU)
     for order in (MESSAGES, MESSAGES[::-1], MESSAGES[2:5]):
-        assert generate(order) == [alone[message] for message in order]
-    assert generate([MESSAGES[0]] * 3) == [alone[MESSAGES[0]]] * 3
+        assert texts(generate(order)) == [alone[message] for message in order]
+    assert texts(generate([MESSAGES[0]] * 3)) == [alone[MESSAGES[0]]] * 3
 
 
 def test_another_process_gives_the_same_answers(qwen: Path, alone: dict[str, str]) -> None:
@@ -137,7 +139,7 @@ def test_another_process_gives_the_same_answers(qwen: Path, alone: dict[str, str
         "import json, sys, torch; from pathlib import Path; from ipt2v.config import DecoupleConfig;"
         "from ipt2v.models.llm import load_generator; folder, settings, messages = map(json.loads, sys.argv[1:]);"
         "generate = load_generator(Path(folder), DecoupleConfig(**settings), base_seed=7, device=torch.device('cpu'));"
-        "print(json.dumps(generate(messages)))"
+        "print(json.dumps([one.text for one in generate(messages)]))"
     )
     arguments = [json.dumps(value) for value in (str(qwen), settings().model_dump(), MESSAGES[::-1])]
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -155,7 +157,7 @@ def test_the_global_random_state_neither_matters_nor_moves(qwen: Path, alone: di
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(99)
         before = torch.random.get_rng_state()
-        assert generate(MESSAGES[:2]) == [alone[message] for message in MESSAGES[:2]]
+        assert texts(generate(MESSAGES[:2])) == [alone[message] for message in MESSAGES[:2]]
         assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -201,110 +203,8 @@ def test_the_checkpoints_own_generation_settings_have_no_say(
     assert found == answers(qwen, MESSAGES, temperature=temperature, max_new_tokens=30)
 
 
-# ---- decouple
-
-
-def test_each_pair_gets_its_two_prompts_from_the_two_templates(qwen: Path) -> None:
-    decouple = load_decoupler(qwen, settings(), base_seed=7, device=CPU)
-    pairs = [("a woman walks", "A woman"), ("a dog", "A person")]
-    spatial = answers(qwen, ["Show: a woman walks", "Show: a dog"])
-    temporal = answers(qwen, ["A woman moves: a woman walks", "A person moves: a dog"])
-    assert decouple(pairs) == [Decoupled(spatial=spatial[i].strip(), temporal=temporal[i].strip()) for i in range(2)]
-
-
-def test_equal_pairs_are_asked_once_and_get_equal_answers(qwen: Path, asked: list[str]) -> None:
-    decouple = load_decoupler(qwen, settings(), base_seed=7, device=CPU)
-    one, other = ("a woman walks", "A person"), ("a woman walks", "A woman")
-
-    first, second, third, fourth = decouple([one, other, one, one])
-
-    assert first == third == fourth
-    assert second.temporal != first.temporal
-    assert len(asked) == 4  # two templates for each of two pairs
-
-
-def test_braces_in_a_prompt_are_asked_as_they_are(qwen: Path, asked: list[str]) -> None:
-    prompt = "a {subject} in {0} with {prompt}, {{"
-    load_decoupler(qwen, settings(), base_seed=7, device=CPU)([(prompt, "A man")])
-    assert [text.split("<|im_end|>")[0].removeprefix("<|im_start|>user\n") for text in asked] == [
-        f"Show: {prompt}",
-        f"A man moves: {prompt}",
-    ]
-
-
-@pytest.fixture
-def silent_qwen(qwen: Path, tmp_path: Path) -> Path:
-    """A checkpoint that ends its turn at once."""
-    folder = shutil.copytree(qwen, tmp_path / "silent")
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"][json.loads((folder / "config.json").read_text())["eos_token_id"], 0] = 1000.0
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def test_an_empty_answer_falls_back_to_the_prompt(silent_qwen: Path) -> None:
-    assert answers(silent_qwen, MESSAGES[:1]) == [""]
-    decoupled = load_decoupler(silent_qwen, settings(), base_seed=7, device=CPU)([("a woman  walks", "A woman")])
-    assert decoupled == [Decoupled(spatial="a woman  walks", temporal="a woman  walks")]
-
-
-@pytest.mark.parametrize(
-    ("answer", "cleaned"),
-    [
-        ("a woman walks", "a woman walks"),
-        ("  a woman\n\nwalks\t slowly \n", "a woman walks slowly"),
-        ("<think>\n\n</think>\n\na woman", "a woman"),
-        ("<think>first, the\nperson</think>a woman", "a woman"),
-        ("<think>one</think>a <think>two</think>woman", "a woman"),
-        ("<think>one<think>two</think>three</think>a woman", "a woman"),
-        ("so I say</think> a woman", "a woman"),
-        ("one</think>two</think>a woman", "a woman"),
-        ("<think>only thoughts</think>", ""),
-        ("<think>never ends, never answers", ""),
-        ("</think>", ""),
-        (" \n ", ""),
-        ("", ""),
-        ("色调\n艳丽, 1 < 2 > 0", "色调 艳丽, 1 < 2 > 0"),
-    ],
-)
-def test_a_clean_answer_has_no_thoughts_and_one_line(answer: str, cleaned: str) -> None:
-    assert clean(answer) == cleaned
-
-
-# ---- templates
-
-
-@pytest.mark.parametrize("name", ["spatial", "temporal"])
-def test_a_packaged_template_is_read_by_name_and_its_text_stands_for_itself(name: str) -> None:
-    text = read_template(name)
-    assert "{prompt}" in text and text == text.strip()
-    assert read_template(text) == text
-
-
-def test_the_templates_say_what_the_two_prompts_are() -> None:
-    assert "{subject}" in read_template("temporal")
-    assert "close-up" in read_template("spatial")
-
-
-def test_a_template_is_read_from_a_path(tmp_path: Path) -> None:
-    path = tmp_path / "my template.txt"
-    path.write_text("\n色 {prompt}!\n", encoding="utf-8")
-    assert read_template(str(path)) == "色 {prompt}!"
-
-
-@pytest.mark.parametrize("name", ["spatail", "/no/such/file.txt", "", ".", "write it well, please " * 20])
-def test_a_template_that_is_not_there_is_answered_with_those_that_are(name: str) -> None:
-    with pytest.raises(ValueError, match="no such file; give a path to a text file, or a packaged one: spatial, temporal"):
-        read_template(name)
-
-
-def test_a_template_without_a_place_for_the_prompt_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "t.txt"
-    path.write_text("describe {promt}")
-    with pytest.raises(ValueError, match=r"t\.txt: no \{prompt\} in it; mark the place"):
-        read_template(str(path))
-
-
-def test_nothing_inside_a_prompt_is_filled_in() -> None:
-    prompt = "{subject} {0} {prompt} {{}} %s \\1"
-    assert fill("{subject}: {prompt} / {prompt}", prompt, "A man") == f"A man: {prompt} / {prompt}"
+def test_an_answer_that_was_cut_off_is_known_from_one_that_ended(qwen: Path) -> None:
+    for max_new_tokens in (3, 400):
+        generate = load_generator(qwen, settings(max_new_tokens=max_new_tokens), base_seed=7, device=CPU)
+        (short,) = generate(MESSAGES[:1])
+        assert short.finished == (max_new_tokens == 400)

@@ -81,6 +81,7 @@ def first_frames(toy_weights: Path) -> FirstFrames:
             image_HWC=picture(config.width, config.height) if image_HWC is None else image_HWC,
             similarity=None,
             attempts=1,
+            notes=(),
             temporal=embed(temporal),
             negative=embed(negative),
         )

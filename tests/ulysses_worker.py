@@ -96,6 +96,7 @@ def animate_difference(folder: Path, group: Group, size: tuple[int, int, int]) -
         image_HWC=random.integers(0, 256, (height, width, 3), dtype=np.uint8),
         similarity=None,
         attempts=1,
+        notes=(),
         temporal=positive,
         negative=negative,
     )

@@ -1,10 +1,8 @@
-"""The LLM that splits a prompt into a spatial and a temporal one. Knows no images and no files but its own."""
+"""The LLM: messages -> answers. Knows no prompts of a test set, and no files but its own."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +18,12 @@ from transformers import (
 )
 
 from ipt2v.config import DecoupleConfig
-from ipt2v.prompts import fill
-from ipt2v.records import item_seed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decoupled:
-    """A prompt, split: phrases for the first frame, a sentence for the motion."""
-
-    spatial: str
-    temporal: str
-
-
-Decouple = Callable[[Sequence[tuple[str, str]]], list[Decoupled]]  # of (prompt, subject)
-
-
-def load_decoupler(folder: Path, settings: DecoupleConfig, *, base_seed: int, device: torch.device) -> Decouple:
-    """decouple((prompt, subject), ...) -> one Decoupled each; equal pairs are asked once, and get equal answers anywhere."""
-    templates = (settings.spatial_template, settings.temporal_template)
-    generate = load_generator(folder, settings, base_seed=base_seed, device=device)
-
-    def decouple(pairs: Sequence[tuple[str, str]]) -> list[Decoupled]:
-        distinct = list(dict.fromkeys(pairs))
-        messages = [fill(template, *pair) for pair in distinct for template in templates]
-        answers = generate(messages)
-        # an answer with nothing in it falls back to what it was made from
-        decoupled = {
-            pair: Decoupled(spatial=clean(answers[2 * i]) or pair[0], temporal=clean(answers[2 * i + 1]) or pair[0])
-            for i, pair in enumerate(distinct)
-        }
-        return [decoupled[pair] for pair in pairs]
-
-    return decouple
+from ipt2v.records import Answer, item_seed
 
 
 def load_generator(
     folder: Path, settings: DecoupleConfig, *, base_seed: int, device: torch.device
-) -> Callable[[Sequence[str]], list[str]]:
+) -> Callable[[Sequence[str]], list[Answer]]:
     """generate(user messages) -> the model's answers, thinking off; each sampled from a seed of its own message."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype)).eval().to(device)
@@ -67,9 +34,10 @@ def load_generator(
         eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    end_tokens = torch.tensor(model.generation_config.eos_token_id, device=device)  # one, or a list
 
     @torch.inference_mode()
-    def generate_batch(messages: Sequence[str]) -> list[str]:
+    def generate_batch(messages: Sequence[str]) -> list[Answer]:
         # Qwen3 adds the empty think block only when the generation prompt is added (transformers #37949)
         texts = [
             tokenizer.apply_chat_template(
@@ -81,9 +49,12 @@ def load_generator(
         seeds = [item_seed(base_seed, message, "decouple") for message in messages]
         sampling = seeded_sampling(settings.temperature, settings.top_p, seeds)
         output = model.generate(**inputs, logits_processor=sampling)
-        return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        tokens = output[:, inputs["input_ids"].shape[1] :]
+        finished = torch.isin(tokens, end_tokens).any(dim=1).tolist()
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [Answer(text=text, finished=done) for text, done in zip(texts, finished, strict=True)]
 
-    def generate(messages: Sequence[str]) -> list[str]:
+    def generate(messages: Sequence[str]) -> list[Answer]:
         size = settings.batch_size
         return [answer for i in range(0, len(messages), size) for answer in generate_batch(messages[i : i + size])]
 
@@ -110,9 +81,3 @@ class _GumbelNoise(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=one).log_().neg_() for one in self.generators])
         return scores.float() + noise.to(scores.device)  # type: ignore[return-value]
-
-
-def clean(answer: str) -> str:
-    """An answer without think blocks, in one line."""
-    answer = re.sub(r"<think>.*?(</think>|\Z)", "", answer, flags=re.DOTALL)  # \Z: cut off while thinking
-    return " ".join(answer.rpartition("</think>")[2].split())

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from ipt2v.config import RunConfig
-from ipt2v.models.llm import Decoupled, load_decoupler
+from ipt2v.models.llm import load_generator
 from ipt2v.models.sdxl import load_painter
 from ipt2v.models.umt5 import load_text_encoder
-from ipt2v.records import Failure, FirstFrame, Item, ItemError, Made, TextEmbedding, item_seed
+from ipt2v.records import Answer, Failure, FirstFrame, Item, ItemError, Made, TextEmbedding, item_seed
 from ipt2v.references import load_reference
+from ipt2v.stages.decouple import Decoupled, decouple
 
 STAGE = "first_frame"
 UNKNOWN_SUBJECT = "A person"
 
 
+# (messages, how to answer them) -> answers; those that are known already are not asked again
+Remember = Callable[[Sequence[str], Callable[[Sequence[str]], list[Answer]]], list[Answer]]
+
+
 def make(
-    items: Sequence[Item], config: RunConfig, weights_dir: Path, device: torch.device
+    items: Sequence[Item], config: RunConfig, weights_dir: Path, device: torch.device, remember: Remember
 ) -> Iterator[Made[FirstFrame] | Failure]:
     """One first frame or failure for each item.
 
@@ -39,7 +44,7 @@ def make(
     if not good:
         return
     start = time.monotonic()
-    decoupled = decouple(good, config, weights_dir, device)
+    decoupled = split_prompts(good, config, weights_dir, device, remember)
     texts = [config.video.negative_prompt, *(one.temporal for one in decoupled)]
     embeddings = embed(texts, config, weights_dir, device)
     shared_seconds = (time.monotonic() - start) / len(good)
@@ -55,17 +60,28 @@ def make(
             image_HWC=paint(prompts.spatial, seed),
             similarity=None,
             attempts=1,
+            notes=prompts.notes,
             temporal=embeddings[prompts.temporal],
             negative=embeddings[config.video.negative_prompt],
         )
         yield Made(record=record, seed=seed, seconds=shared_seconds + time.monotonic() - start)
 
 
-def decouple(items: Sequence[Item], config: RunConfig, weights_dir: Path, device: torch.device) -> list[Decoupled]:
-    """Spatial and temporal prompt of each item; the LLM is gone when it returns."""
-    ask = load_decoupler(weights_dir / config.decouple.model, config.decouple, base_seed=config.seed, device=device)
-    answers = ask([(item.prompt, UNKNOWN_SUBJECT) for item in items])
-    del ask
+def split_prompts(
+    items: Sequence[Item], config: RunConfig, weights_dir: Path, device: torch.device, remember: Remember
+) -> list[Decoupled]:
+    """Spatial and temporal prompt of each item. The LLM is loaded when something is to be asked, and gone on return."""
+    loaded: list[Callable[[Sequence[str]], list[Answer]]] = []
+
+    def generate(messages: Sequence[str]) -> list[Answer]:
+        if not loaded:
+            folder = weights_dir / config.decouple.model
+            loaded.append(load_generator(folder, config.decouple, base_seed=config.seed, device=device))
+        return loaded[0](messages)
+
+    pairs = [(item.prompt, UNKNOWN_SUBJECT) for item in items]
+    answers = decouple(pairs, config.decouple, lambda messages: remember(messages, generate))
+    loaded.clear()
     _free(device)
     return answers
 
