@@ -27,30 +27,36 @@ def answer_all(messages: Sequence[str], generate: Generate, *, folder: Path, bat
     claim is a lock of the operating system, so a shard that dies gives its claims up. Where the file system has no locks,
     shards may ask the same twice; answers depend on the message alone, so nothing else changes.
     """
+    answers: dict[str, Answer] = {}
     waiting = list(dict.fromkeys(messages))
     while waiting:
         with ExitStack() as claims:
-            mine = _claim(waiting, folder, batch_size, claims)
-            if mine:
-                for message, answer in zip(mine, generate(mine), strict=True):
-                    write_text(_path(folder, message), json.dumps({"message": message, **asdict(answer)}, indent=1) + "\n")
-        waiting = [message for message in waiting if _read(folder, message) is None]
-        if waiting and not mine:
+            known, mine = _look(waiting, folder, batch_size, claims)
+            made = dict(zip(mine, generate(mine), strict=True)) if mine else {}
+            for message, answer in made.items():
+                write_text(_path(folder, message), json.dumps({"message": message, **asdict(answer)}, indent=1) + "\n")
+        answers |= known | made
+        waiting = [message for message in waiting if message not in answers]
+        if waiting and not known and not made:
             time.sleep(WAIT_SECONDS)
-    answers = {message: _read(folder, message) for message in dict.fromkeys(messages)}
-    return [answer for message in messages if (answer := answers[message]) is not None]
+    return [answers[message] for message in messages]
 
 
-def _claim(waiting: Sequence[str], folder: Path, number: int, claims: ExitStack) -> list[str]:
-    """At most `number` of the messages that nobody has answered or is about to, claimed until `claims` ends."""
+def _look(waiting: Sequence[str], folder: Path, number: int, claims: ExitStack) -> tuple[dict[str, Answer], list[str]]:
+    """(what is answered by now, at most `number` messages that nobody is about to answer, claimed until `claims` ends)."""
+    known: dict[str, Answer] = {}
     mine: list[str] = []
     for message in waiting:
+        answer = _read(folder, message)
+        if answer is None and claims.enter_context(_locked(_path(folder, message).with_suffix(".lock"))):
+            answer = _read(folder, message)  # again: it may have come between the look and the lock
+            if answer is None:
+                mine.append(message)
+        if answer is not None:
+            known[message] = answer
         if len(mine) == number:
             break
-        # looked for again under the lock: it may have come between the last look and the claim
-        if claims.enter_context(_locked(_path(folder, message).with_suffix(".lock"))) and _read(folder, message) is None:
-            mine.append(message)
-    return mine
+    return known, mine
 
 
 @contextmanager

@@ -46,6 +46,12 @@ class DecoupleConfig(Settings):
     spatial_source: Literal["raw", "polished"] = "raw"  # what the parser reads: the paper says raw, its released code polished
 
 
+class FacesConfig(Settings):
+    """The face models that tell who is in the photo."""
+
+    model: str = "antelopev2"  # a folder of insightface's ONNX files
+
+
 class PictureSize(Settings):
     """Width and height in pixels of what a diffusion model makes."""
 
@@ -103,6 +109,7 @@ class RunConfig(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     seed: int = 2025
     testset: TestsetConfig
+    faces: FacesConfig = FacesConfig()
     decouple: DecoupleConfig = DecoupleConfig()
     first_frame: FirstFrameConfig = FirstFrameConfig()
     video: VideoConfig = VideoConfig()

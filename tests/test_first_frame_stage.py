@@ -13,6 +13,7 @@ from PIL import Image
 
 from ipt2v.config import DecoupleConfig, FirstFrameConfig, RunConfig, VideoConfig
 from ipt2v.models.sdxl import load_painter
+from ipt2v.models.toy_faces import toy_face_pack
 from ipt2v.models.umt5 import load_text_encoder
 from ipt2v.records import Answer, Failure, FirstFrame, Item, Made, item_seed
 from ipt2v.stages.first_frame import make
@@ -28,7 +29,7 @@ CONFIG = RunConfig(
     decouple=DecoupleConfig(
         dtype="float32",
         temperature=1.0,
-        max_new_tokens=10,
+        max_new_tokens=400,
         spatial_template="Show {prompt}",
         temporal_template="{subject} moves: {prompt}",
     ),
@@ -148,9 +149,11 @@ def test_the_picture_of_a_record_is_painted_from_its_spatial_prompt_and_its_item
         assert np.array_equal(made.record.image_HWC, paint(made.record.spatial_prompt, made.seed))
 
 
-def test_a_record_holds_no_face_and_one_attempt_of_an_unknown_person(records: dict[str, FirstFrame]) -> None:
+def test_a_record_names_the_subject_of_its_photo_and_has_one_attempt(records: dict[str, FirstFrame]) -> None:
     for record in records.values():
-        assert (record.subject, record.similarity, record.attempts) == ("A person", None, 1)
+        assert record.subject in ("A man", "A woman")
+        assert (record.similarity, record.attempts) == (None, 1)
+        assert not any("no face" in note for note in record.notes)
         assert record.image_HWC.shape == (32, 48, 3)
         assert record.spatial_prompt and record.temporal_prompt and record.spatial_prompt != record.temporal_prompt
 
@@ -193,3 +196,19 @@ def test_each_record_is_there_before_the_next_is_painted(items: list[Item], toy_
     first = next(results)
     results.close()  # the job ends here
     assert isinstance(first, Made) and first.record.key == items[0].key
+
+
+def test_a_photo_without_a_face_is_of_a_person_keeps_its_first_frame_and_is_noted(
+    items: list[Item], toy_weights: Path, tmp_path: Path
+) -> None:
+    blind = tmp_path / "weights"
+    blind.mkdir()
+    for folder in toy_weights.iterdir():
+        if folder.name != "antelopev2":
+            (blind / folder.name).symlink_to(folder)
+    toy_face_pack(blind / "antelopev2", seen_at=())
+    (made,) = make([items[0]], CONFIG, blind, CPU, ask_all)
+    assert isinstance(made, Made)
+    assert made.record.subject == "A person"
+    assert made.record.notes[0] == "reference photo: no face is found in it"
+    assert made.record.image_HWC.std() > 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ipt2v.config import RunConfig
+from ipt2v.models.faces import PACK_FILES, pack_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,15 +16,27 @@ class Source:
     """Where a folder of weights is published."""
 
     folder: str
-    repository: str  # on huggingface.co
+    url: str
     licence: str
+    fetch: str  # what a user does to have it at {path}
+
+
+def _hugging_face(folder: str, repository: str, licence: str) -> Source:
+    fetch = f"`hf download {repository} --local-dir {{path}}`"
+    return Source(folder=folder, url=f"huggingface.co/{repository}", licence=licence, fetch=fetch)
 
 
 SOURCES = (
-    Source(folder="Qwen3-8B", repository="Qwen/Qwen3-8B", licence="Apache-2.0"),
-    Source(folder="RealVisXL_V4.0", repository="SG161222/RealVisXL_V4.0", licence="OpenRAIL++-M"),
-    Source(folder="Wan2.1-VACE-14B-diffusers", repository="Wan-AI/Wan2.1-VACE-14B-diffusers", licence="Apache-2.0"),
-    Source(folder="Wan2.1-VACE-1.3B-diffusers", repository="Wan-AI/Wan2.1-VACE-1.3B-diffusers", licence="Apache-2.0"),
+    Source(
+        folder="antelopev2",
+        url="github.com/deepinsight/insightface, model_zoo",
+        licence="for non-commercial research only",
+        fetch="unpack antelopev2.zip to {path}",
+    ),
+    _hugging_face("Qwen3-8B", "Qwen/Qwen3-8B", "Apache-2.0"),
+    _hugging_face("RealVisXL_V4.0", "SG161222/RealVisXL_V4.0", "OpenRAIL++-M"),
+    _hugging_face("Wan2.1-VACE-14B-diffusers", "Wan-AI/Wan2.1-VACE-14B-diffusers", "Apache-2.0"),
+    _hugging_face("Wan2.1-VACE-1.3B-diffusers", "Wan-AI/Wan2.1-VACE-1.3B-diffusers", "Apache-2.0"),
 )
 
 _DIFFUSION, _TRANSFORMERS = "diffusion_pytorch_model", "model"  # stems that the two libraries save tensors under
@@ -48,7 +61,12 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]] = {
 
 def folders(config: RunConfig) -> dict[str, str]:
     """role -> name of the weights folder that it reads."""
-    return {"decouple": config.decouple.model, "first_frame": config.first_frame.model, "video": config.video.model}
+    return {
+        "faces": config.faces.model,
+        "decouple": config.decouple.model,
+        "first_frame": config.first_frame.model,
+        "video": config.video.model,
+    }
 
 
 def check_weights(weights_dir: Path, config: RunConfig) -> None:
@@ -69,6 +87,8 @@ def fingerprints(weights_dir: Path, config: RunConfig) -> dict[str, str]:
 
 def needed_files(role: str, folder: Path) -> list[Path]:
     """Every file that `role` loads from `folder`, shards of tensors included; some may not exist."""
+    if role == "faces":
+        return face_files(folder)
     files, tensors = _NEEDS[role]
     needed = [folder / name for name in files]
     for subfolder, stem in tensors:
@@ -104,12 +124,17 @@ def fingerprint(files: list[Path], folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
+def face_files(pack: Path) -> list[Path]:
+    """The four ONNX files of a face pack: those that load_face_analysis takes, or the names of those that are missing."""
+    folder = pack_folder(pack)
+    found = ([folder / name for name in names if (folder / name).is_file()] for names in PACK_FILES.values())
+    return [present[0] if present else folder / names[0] for present, names in zip(found, PACK_FILES.values(), strict=True)]
+
+
 def _where_from(folder: str, weights_dir: Path) -> str:
     for source in SOURCES:
         if source.folder == folder:
-            return (
-                f"it comes from huggingface.co/{source.repository} ({source.licence}): `hf download {source.repository} "
-                f"--local-dir {weights_dir / folder}`, or try out with `ipt2v weights toy {weights_dir}`"
-            )
+            fetch = source.fetch.format(path=weights_dir / folder)
+            return f"it comes from {source.url} ({source.licence}): {fetch}, or try out with `ipt2v weights toy {weights_dir}`"
     known = ", ".join(source.folder for source in SOURCES)
     return f"{folder!r} is no folder that we know a source of (known: {known}); put the checkpoint there yourself"

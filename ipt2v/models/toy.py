@@ -476,7 +476,16 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def _write_face_pack(folder: Path) -> None:
+    import torch
+
+    from ipt2v.models.toy_faces import toy_face_pack
+
+    toy_face_pack(folder, seed=int(torch.randint(2**31, ())))
+
+
 _WRITERS: dict[str, Callable[[Path], None]] = {
+    "antelopev2": _write_face_pack,
     "Qwen3-8B": _write_qwen3,
     "RealVisXL_V4.0": _write_realvisxl,
     "Wan2.1-VACE-14B-diffusers": functools.partial(_write_vace, num_heads=4, num_layers=4),

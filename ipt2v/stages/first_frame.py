@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ipt2v.config import RunConfig
+from ipt2v.models.faces import load_face_analysis, subject_of
 from ipt2v.models.llm import load_generator
 from ipt2v.models.sdxl import load_painter
 from ipt2v.models.umt5 import load_text_encoder
@@ -18,7 +21,8 @@ from ipt2v.references import load_reference
 from ipt2v.stages.decouple import Decoupled, decouple
 
 STAGE = "first_frame"
-UNKNOWN_SUBJECT = "A person"
+UNKNOWN_SUBJECT = subject_of(())
+NO_FACE = "reference photo: no face is found in it"
 
 
 # (messages, how to answer them) -> answers; those that are known already are not asked again
@@ -33,18 +37,15 @@ def make(
     One model after the other, so that the largest alone sets the memory: the LLM and the text encoder are fast and go over all
     items first; the painter is slow and comes last, so that each painted item is a finished record.
     """
-    good = []
-    for item in items:
-        try:
-            load_reference(item)
-        except ItemError as error:
-            yield Failure(key=item.key, stage=STAGE, reason=str(error))
-        else:
-            good.append(item)
+    photos, failures = read_photos(items)
+    yield from failures
+    good = [item for item in items if item.reference in photos]
     if not good:
         return
     start = time.monotonic()
-    decoupled = split_prompts(good, config, weights_dir, device, remember)
+    subjects = find_subjects(photos, weights_dir / config.faces.model, device)
+    pairs = [(item.prompt, subjects[item.reference]) for item in good]
+    decoupled = split_prompts(pairs, config, weights_dir, device, remember)
     texts = [config.video.negative_prompt, *(one.temporal for one in decoupled)]
     embeddings = embed(texts, config, weights_dir, device)
     shared_seconds = (time.monotonic() - start) / len(good)
@@ -54,23 +55,42 @@ def make(
         start, seed = time.monotonic(), item_seed(config.seed, item.key, "paint")
         record = FirstFrame(
             key=item.key,
-            subject=UNKNOWN_SUBJECT,
+            subject=subjects[item.reference],
             spatial_prompt=prompts.spatial,
             temporal_prompt=prompts.temporal,
             image_HWC=paint(prompts.spatial, seed),
             similarity=None,
             attempts=1,
-            notes=prompts.notes,
+            notes=((NO_FACE,) if subjects[item.reference] == UNKNOWN_SUBJECT else ()) + prompts.notes,
             temporal=embeddings[prompts.temporal],
             negative=embeddings[config.video.negative_prompt],
         )
         yield Made(record=record, seed=seed, seconds=shared_seconds + time.monotonic() - start)
 
 
+def read_photos(items: Sequence[Item]) -> tuple[dict[str, NDArray[np.uint8]], list[Failure]]:
+    """Path -> photo, [H,W,3] uint8 RGB, of those that decode; a failure for each item whose photo does not."""
+    photos: dict[str, NDArray[np.uint8]] = {}
+    failures = []
+    for item in items:
+        try:
+            if item.reference not in photos:
+                photos[item.reference] = load_reference(item)
+        except ItemError as error:
+            failures.append(Failure(key=item.key, stage=STAGE, reason=str(error)))
+    return photos, failures
+
+
+def find_subjects(photos: Mapping[str, NDArray[np.uint8]], pack: Path, device: torch.device) -> dict[str, str]:
+    """Path of each photo -> "A man", "A woman" or, where no face is found, "A person"."""
+    analyse = load_face_analysis(pack, device="cuda" if device.type == "cuda" else "cpu")
+    return {path: subject_of(analyse(image_HWC)) for path, image_HWC in photos.items()}
+
+
 def split_prompts(
-    items: Sequence[Item], config: RunConfig, weights_dir: Path, device: torch.device, remember: Remember
+    pairs: Sequence[tuple[str, str]], config: RunConfig, weights_dir: Path, device: torch.device, remember: Remember
 ) -> list[Decoupled]:
-    """Spatial and temporal prompt of each item. The LLM is loaded when something is to be asked, and gone on return."""
+    """Spatial and temporal prompt of each (prompt, subject). The LLM is loaded if there is something to ask, and gone then."""
     loaded: list[Callable[[Sequence[str]], list[Answer]]] = []
 
     def generate(messages: Sequence[str]) -> list[Answer]:
@@ -79,7 +99,6 @@ def split_prompts(
             loaded.append(load_generator(folder, config.decouple, base_seed=config.seed, device=device))
         return loaded[0](messages)
 
-    pairs = [(item.prompt, UNKNOWN_SUBJECT) for item in items]
     answers = decouple(pairs, config.decouple, lambda messages: remember(messages, generate))
     loaded.clear()
     _free(device)
