@@ -1,0 +1,1 @@
+"""HRNet: an identity photo -> the person in it, on white."""
