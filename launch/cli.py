@@ -186,6 +186,31 @@ def package(
     raise typer.Exit(1 if written.missing else 0)
 
 
+@weights_app.command("list")
+def weights_list() -> None:
+    """Print every folder of weights that we know: where it is published, and under which licence."""
+    from ipt2v.models.catalogue import SOURCES
+
+    for source in SOURCES:
+        print(f"{source.folder:<28} {source.url:<52} {source.licence}")
+
+
+@weights_app.command("check", epilog="Example: ipt2v weights check configs/vace_14b_480p.yaml --weights /shared/weights")
+def weights_check(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    weights: Annotated[Path, typer.Option("--weights", help="folder of weights")] = Path("weights"),
+) -> None:
+    """Say whether every file that a run loads is there; plan and submit do so too."""
+    from ipt2v.config import RunConfig, load_settings
+    from ipt2v.models.catalogue import check_weights, folders
+
+    settings = load_settings(RunConfig, config, tuple(overrides or ()))
+    check_weights(weights, settings)
+    for role, folder in folders(settings).items():
+        print(f"{role:<12} {weights / folder}")
+
+
 @weights_app.command("toy")
 def weights_toy(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write them below")],
