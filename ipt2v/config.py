@@ -68,6 +68,22 @@ class PictureSize(Settings):
         return pixels
 
 
+class FaceDetailerConfig(Settings):
+    """How each face of a first frame is redrawn; words and values of the node as the paper's released code sets it."""
+
+    enabled: bool = True
+    guide_size: int = Field(1024, ge=16)  # the box's shorter side is enlarged to this many pixels ...
+    max_size: int = Field(1024, ge=16)  # ... unless the crop's longer side would be larger than this
+    steps: int = Field(10, ge=1)
+    denoise: float = Field(0.5, gt=0, le=1)  # part of the noise levels that is gone through
+    cfg: float = Field(5.0, ge=1)
+    feather: int = Field(5, ge=0)  # pixels
+    dilation: int = Field(10, ge=0)  # side in pixels of the square that the mask is dilated with
+    crop_factor: float = Field(2.0, ge=1)  # the crop's sides are the box's times this
+    drop_size: int = Field(10, ge=0)  # a box with a side of no more pixels is left alone
+    threshold: float = Field(0.5, ge=0, le=1)  # least score of a face; the analysis of faces finds none below 0.5
+
+
 class FirstFrameConfig(PictureSize):
     """SDXL, as it paints the first frame."""
 
@@ -76,6 +92,9 @@ class FirstFrameConfig(PictureSize):
     num_inference_steps: int = Field(20, ge=1)
     guidance_scale: float = Field(5.0, ge=1)
     negative_prompt: str = ""
+    max_attempts: int = Field(3, ge=1)  # paintings of an item; the one most like the reference is kept
+    enough_similarity: float = Field(0.5, ge=-1, le=1)  # no further attempt above this ArcFace cosine
+    face_detailer: FaceDetailerConfig = FaceDetailerConfig()
 
 
 class VideoConfig(PictureSize):

@@ -22,16 +22,17 @@ import h5py
 import numpy as np
 
 from ipt2v.atomic import replacing
-from ipt2v.records import FirstFrame, Provenance, TextEmbedding, VideoLatents
+from ipt2v.records import Attempt, FirstFrame, Provenance, TextEmbedding, VideoLatents
 
 
 def save_first_frame(path: Path, record: FirstFrame, provenance: Provenance) -> None:
     """Write one first frame with its prompts and text embeddings as a closed part."""
     with _new_file(path) as file:
         group = _item_group(file, record.key, provenance)
-        for name in ("subject", "spatial_prompt", "temporal_prompt", "attempts"):
+        for name in ("subject", "spatial_prompt", "temporal_prompt"):
             group.attrs[name] = getattr(record, name)
         group.attrs["notes"] = json.dumps(record.notes)
+        group.attrs["attempts"] = json.dumps([asdict(attempt) for attempt in record.attempts])
         group.attrs["similarity"] = np.nan if record.similarity is None else record.similarity
         group.attrs["temporal_text"] = _save_text(file, record.temporal)
         group.attrs["negative_text"] = _save_text(file, record.negative)
@@ -49,7 +50,7 @@ def load_first_frame(path: Path, key: str, *, run_digest: str) -> FirstFrame:
             temporal_prompt=group.attrs["temporal_prompt"],
             image_HWC=group["image"][...],
             similarity=None if np.isnan(similarity) else similarity,
-            attempts=int(group.attrs["attempts"]),
+            attempts=tuple(Attempt(**attempt) for attempt in json.loads(group.attrs["attempts"])),
             notes=tuple(json.loads(group.attrs["notes"])),
             temporal=_load_text(file, group.attrs["temporal_text"]),
             negative=_load_text(file, group.attrs["negative_text"]),

@@ -65,6 +65,14 @@ class TextEmbedding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One painting of a first frame."""
+
+    seed: int
+    similarity: float | None  # ArcFace cosine to the reference, -1..1; None if a face to compare is missing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FirstFrame:
     """What array 1 gives to array 2 for one item."""
 
@@ -73,8 +81,8 @@ class FirstFrame:
     spatial_prompt: str
     temporal_prompt: str
     image_HWC: NDArray[np.uint8]  # 0..255 RGB
-    similarity: float | None  # ArcFace cosine to the reference, -1..1; None if no face was compared
-    attempts: int  # paintings made to choose from
+    similarity: float | None  # of the attempt that was kept
+    attempts: tuple[Attempt, ...]  # paintings made to choose from, in their order
     notes: tuple[str, ...]  # what fell back to something else on the way, and why
     temporal: TextEmbedding
     negative: TextEmbedding

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ipt2v.config import RunConfig, load_settings
 from ipt2v.models.catalogue import folders, needed_files
-from ipt2v.records import FirstFrame, Item, Provenance, TextEmbedding, VideoLatents
+from ipt2v.records import Attempt, FirstFrame, Item, Provenance, TextEmbedding, VideoLatents
 from ipt2v.run_dir import RunDir
 from launch.freeze import freeze, prepare
 
@@ -81,7 +81,7 @@ def first_frame(
         temporal_prompt=f"She walks as {key}.",
         image_HWC=random.integers(0, 256, (64, 96, 3), dtype=np.uint8),
         similarity=similarity,
-        attempts=3,
+        attempts=(Attempt(seed=7, similarity=None), Attempt(seed=8, similarity=0.25)),
         notes=("temporal prompt: the answer is empty",),
         temporal=TextEmbedding(text=f"She walks as {key}.", embedding_LD=random.normal(size=(7, 16)).astype(np.float32)),
         negative=TextEmbedding(text=negative, embedding_LD=np.arange(48, dtype=np.uint16).reshape(3, 16) + 0x3F80),

@@ -69,14 +69,21 @@ def another(value: Any, path: tuple[str, ...]) -> Any:
         return "float16" if value != "float16" else "float32"
     if isinstance(value, str):
         return value + "x"
-    return value + {"width": 16, "height": 16, "num_frames": 4}.get(path[-1], 1)
+    return value + {"width": 16, "height": 16, "num_frames": 4, "enough_similarity": -0.25}.get(path[-1], 1)
 
 
 def digest(config: RunConfig, manifest: str = "m", weights: str = "w") -> str:
     return run_digest(config, manifest_digest=manifest, weights={"folder": weights})
 
 
-CHOICES = {"prompts": "raw", "spatial_source": "polished"}  # what is not the default
+# not the defaults
+CHOICES = {
+    "prompts": "raw",
+    "spatial_source": "polished",
+    "enabled": False,
+    "denoise": 0.4,
+    "threshold": 0.6,
+}
 SMALL = parse_settings(RunConfig, {"name": "small", "testset": {"path": "here"}}, where="test")
 LEAVES = [path for path, _ in leaves(RunConfig)]
 PIXELS = [path for path in LEAVES if path[0] not in ("name", "testset")]

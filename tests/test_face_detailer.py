@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ipt2v.config import FaceDetailerConfig
 from ipt2v.models.face_detailer import (
     Crop,
-    FaceDetailerSettings,
     ImageHWC,
     MaskHW,
     blurred,
@@ -23,7 +22,6 @@ from ipt2v.models.face_detailer import (
     boxes_of,
     crop_around,
     detail,
-    embed_prompt,
     enlarged_size,
     large_enough,
     load_inpainter,
@@ -35,8 +33,8 @@ from ipt2v.models.faces import Face
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
-SETTINGS = FaceDetailerSettings()
-SMALL = FaceDetailerSettings(guide_size=64, max_size=64)
+SETTINGS = FaceDetailerConfig()
+SMALL = FaceDetailerConfig(guide_size=64, max_size=64)
 WHITE = 255
 
 
@@ -73,7 +71,7 @@ class Painter:
 def test_crop_and_enlarged_size_of_worked_examples(
     size: tuple[int, int], box: tuple[float, ...], guide: int, region: tuple[int, ...], enlarged: Any, drawn: Any
 ) -> None:
-    settings = FaceDetailerSettings(guide_size=guide, max_size=guide)
+    settings = FaceDetailerConfig(guide_size=guide, max_size=guide)
     crop = crop_around(box, *size, settings)
     assert (crop.left, crop.top, crop.right, crop.bottom) == region
     shorter = min(box[2] - box[0], box[3] - box[1])
@@ -90,7 +88,7 @@ def test_a_crop_lies_in_the_picture_around_its_box_and_is_drawn_at_a_legal_size(
     size: tuple[int, int], values: list[float], guide: int
 ) -> None:
     (x1, x2), (y1, y2) = sorted(values[:2]), sorted(values[2:])
-    settings = FaceDetailerSettings(guide_size=guide, max_size=guide)
+    settings = FaceDetailerConfig(guide_size=guide, max_size=guide)
     for box in large_enough([(x1, y1, x2, y2)], *size, settings.drop_size):
         crop = crop_around(box, *size, settings)
         assert 0 <= crop.left <= box[0] + 1
@@ -228,7 +226,7 @@ def test_a_later_face_sees_the_earlier_ones_redrawn() -> None:
 
 @given(st.integers(1, 60), st.floats(0.05, 1))
 def test_diffusers_takes_exactly_the_wanted_number_of_steps(steps: int, denoise: float) -> None:
-    num_levels, strength = steps_and_strength(FaceDetailerSettings(steps=steps, denoise=denoise))
+    num_levels, strength = steps_and_strength(FaceDetailerConfig(steps=steps, denoise=denoise))
     assert min(int(num_levels * strength), num_levels) == steps  # diffusers 0.42, get_timesteps of the inpainting pipeline
     assert num_levels == int(steps / denoise)
     assert strength <= 1
@@ -259,6 +257,8 @@ def inpainter(pipeline: StableDiffusionXLPipeline) -> Callable[..., Any]:
 
 @pytest.fixture(scope="module")
 def inpaint(pipeline: StableDiffusionXLPipeline, inpainter: Callable[..., Any]) -> Callable[..., ImageHWC]:
+    from ipt2v.models.sdxl_text import embed_prompt
+
     return inpainter(embed_prompt(pipeline, PROMPT, NEGATIVE))
 
 
@@ -306,6 +306,8 @@ def test_the_size_that_sdxl_is_told_is_that_of_the_enlarged_crop(inpaint, unet_c
 @pytest.mark.slow
 def test_the_drawing_depends_on_crop_mask_seed_and_prompts_and_on_nothing_else(pipeline, inpainter, inpaint) -> None:
     import torch
+
+    from ipt2v.models.sdxl_text import embed_prompt
 
     crop_HWC, mask_HW = picture(48, 64), mask(48, 64)
     drawn_HWC = inpaint(crop_HWC, mask_HW, 3)
@@ -360,7 +362,7 @@ def test_the_latents_outside_of_the_mask_are_those_of_the_crop(pipeline, inpaint
 @pytest.mark.slow
 def test_a_face_in_a_picture_is_redrawn_by_sdxl(inpaint, unet_calls: list[Any]) -> None:
     image_HWC = picture()
-    settings = dataclasses.replace(SMALL, feather=3)
+    settings = SMALL.model_copy(update={"feather": 3})
     detailed_HWC = detail(image_HWC, [(60, 40, 100, 80)], inpaint, seed=7, settings=settings)
     assert not np.array_equal(detailed_HWC[40:80, 60:100], image_HWC[40:80, 60:100])
     assert np.array_equal(detailed_HWC[:30], image_HWC[:30])

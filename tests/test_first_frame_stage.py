@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 
 from ipt2v.config import DecoupleConfig, FirstFrameConfig, RunConfig, VideoConfig
-from ipt2v.models.sdxl import load_painter
+from ipt2v.models.faces import Face, load_face_analysis
+from ipt2v.models.sdxl import Painter, load_painter
 from ipt2v.models.toy_faces import toy_face_pack
 from ipt2v.models.umt5 import load_text_encoder
 from ipt2v.records import Answer, Failure, FirstFrame, Item, Made, item_seed
-from ipt2v.stages.first_frame import make
+from ipt2v.stages.first_frame import make, paint_best
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +34,15 @@ CONFIG = RunConfig(
         spatial_template="Show {prompt}",
         temporal_template="{subject} moves: {prompt}",
     ),
-    first_frame=FirstFrameConfig(dtype="float32", width=48, height=32, num_inference_steps=2, negative_prompt="dark"),
+    first_frame=FirstFrameConfig(
+        dtype="float32",
+        width=48,
+        height=32,
+        num_inference_steps=2,
+        negative_prompt="dark",
+        max_attempts=2,
+        face_detailer={"guide_size": 32, "max_size": 32, "steps": 1},
+    ),
     video=VideoConfig(width=48, height=32, num_frames=5, max_text_tokens=24, negative_prompt=NEGATIVE),  # bfloat16
 )
 PROMPTS = (
@@ -140,22 +149,87 @@ def test_the_texts_of_a_record_belong_together(records: dict[str, FirstFrame], t
         assert record.temporal.embedding_LD.dtype == record.negative.embedding_LD.dtype == np.uint16
 
 
-def test_the_picture_of_a_record_is_painted_from_its_spatial_prompt_and_its_items_seed(
+def test_the_picture_of_a_record_is_painted_and_its_faces_redrawn_from_its_prompt_and_seeds(
     results: Results, toy_weights: Path
 ) -> None:
-    paint = load_painter(toy_weights / CONFIG.first_frame.model, CONFIG.first_frame, device=CPU)
+    painter = load_painter(toy_weights / CONFIG.first_frame.model, CONFIG.first_frame, device=CPU)
+    analyse = load_face_analysis(toy_weights / "antelopev2")
     for made in (result for result in results if isinstance(result, Made)):
-        assert made.seed == item_seed(CONFIG.seed, made.record.key, "paint")
-        assert np.array_equal(made.record.image_HWC, paint(made.record.spatial_prompt, made.seed))
+        record = made.record
+        numbers = [item_seed(CONFIG.seed, record.key, f"paint {number}") for number in range(2)]
+        assert [attempt.seed for attempt in record.attempts] == numbers[: len(record.attempts)]
+        number = numbers.index(made.seed)
+        image_HWC = painter.paint(record.spatial_prompt, made.seed)
+        boxes = [face.box_xyxy for face in analyse(image_HWC)]
+        redraw_seed = item_seed(CONFIG.seed, record.key, f"redraw {number}")
+        assert np.array_equal(record.image_HWC, painter.redraw(image_HWC, boxes, record.spatial_prompt, redraw_seed))
+        assert len(boxes) == 1 and not np.array_equal(record.image_HWC, image_HWC)
 
 
-def test_a_record_names_the_subject_of_its_photo_and_has_one_attempt(records: dict[str, FirstFrame]) -> None:
+def test_a_record_names_the_subject_of_its_photo_and_keeps_the_attempt_that_is_most_like_it(
+    records: dict[str, FirstFrame],
+) -> None:
     for record in records.values():
         assert record.subject in ("A man", "A woman")
-        assert (record.similarity, record.attempts) == (None, 1)
+        scores = [attempt.similarity for attempt in record.attempts]
+        assert record.similarity == max(scores)
+        assert len(scores) == (1 if scores[0] > 0.5 else 2)
         assert not any("no face" in note for note in record.notes)
         assert record.image_HWC.shape == (32, 48, 3)
         assert record.spatial_prompt and record.temporal_prompt and record.spatial_prompt != record.temporal_prompt
+
+
+# ---- best of some attempts, with a painter and eyes of three lines
+
+
+def face_of(value: float) -> Face:
+    """A face whose cosine to face_of(1) is `value`."""
+    embedding = np.zeros(512, dtype=np.float32)
+    embedding[:2] = value, (1 - value**2) ** 0.5
+    box_xyxy, landmarks_106 = np.array([0, 0, 20, 20], dtype=np.float32), np.zeros((106, 2), dtype=np.float32)
+    return Face(box_xyxy=box_xyxy, score=0.9, landmarks_106=landmarks_106, is_male=True, embedding=embedding)
+
+
+def attempts_at(likenesses: Sequence[float | None], *, photo_has_face: bool = True) -> tuple[int, list[float | None]]:
+    """(number of the painting that is kept, what is noted of all) if paintings are so like the photo."""
+    config = CONFIG.model_copy(update={"first_frame": FirstFrameConfig(max_attempts=3, face_detailer={"enabled": False})})
+    numbers = iter(range(3))
+    painter = Painter(
+        paint=lambda prompt, seed: np.full((2, 2, 3), next(numbers), dtype=np.uint8),
+        redraw=lambda *_: pytest.fail("redrawn although it is switched off"),
+    )
+
+    def analyse(image_HWC: np.ndarray) -> tuple[Face, ...]:
+        value = likenesses[int(image_HWC[0, 0, 0])]
+        return () if value is None else (face_of(value),)
+
+    people = (face_of(1.0),) if photo_has_face else ()
+    picture = paint_best("id001/prompt1", "a man", people, config, painter, analyse)
+    return int(picture.image_HWC[0, 0, 0]), [attempt.similarity for attempt in picture.attempts]
+
+
+@pytest.mark.parametrize(
+    ("likenesses", "kept", "num_attempts"),
+    [
+        ((0.6, 0.9, 0.9), 0, 1),  # enough at once
+        ((0.2, 0.7, 0.9), 1, 2),
+        ((0.2, 0.4, 0.3), 1, 3),
+        ((0.499, 0.2, 0.1), 0, 3),
+        ((None, -0.9, None), 1, 3),  # a face, however unlike, before none
+        ((None, None, None), 0, 3),
+        ((0.2, 0.2, 0.2), 0, 3),
+    ],
+)
+def test_the_painting_most_like_the_photo_is_kept_the_first_that_is_enough_ends_it(
+    likenesses: Sequence[float | None], kept: int, num_attempts: int
+) -> None:
+    number, noted = attempts_at(likenesses)
+    assert number == kept
+    assert [None if value is None else round(value, 3) for value in noted] == list(likenesses[:num_attempts])
+
+
+def test_without_a_face_in_the_photo_the_first_painting_is_kept() -> None:
+    assert attempts_at((0.1, 0.9, 0.9), photo_has_face=False) == (0, [None])
 
 
 def test_equal_prompts_share_their_texts_and_not_their_pictures(records: dict[str, FirstFrame]) -> None:

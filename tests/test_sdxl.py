@@ -13,7 +13,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 
 from ipt2v.config import FirstFrameConfig
-from ipt2v.models.sdxl import Paint, load_painter
+from ipt2v.models.sdxl import load_painter
+from ipt2v.models.sdxl_text import embed_prompt
 
 pytestmark = pytest.mark.slow
 
@@ -21,6 +22,7 @@ MODEL = "RealVisXL_V4.0"
 CPU = torch.device("cpu")
 PROMPT = "a young woman on the beach, red umbrella, close-up"
 SEED = 20250131
+Paint = Callable[[str, int], np.ndarray]
 
 
 def settings(**changes: Any) -> FirstFrameConfig:
@@ -30,7 +32,7 @@ def settings(**changes: Any) -> FirstFrameConfig:
 
 @pytest.fixture(scope="module")
 def load(toy_weights: Path) -> Callable[[FirstFrameConfig], Paint]:
-    return lambda config: load_painter(toy_weights / MODEL, config, device=CPU)
+    return lambda config: load_painter(toy_weights / MODEL, config, device=CPU).paint
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def test_the_picture_equals_that_of_the_stock_pipeline_bit_for_bit(toy_weights: 
 
 @pytest.mark.parametrize("num_steps", [3, 20])
 def test_the_noise_levels_are_those_of_karras(load, num_steps: int) -> None:
-    pipeline = inspect.getclosurevars(inspect.unwrap(load(settings()))).nonlocals["pipeline"]
+    pipeline = inspect.getclosurevars(load(settings())).nonlocals["pipeline"]
     pipeline.scheduler.set_timesteps(num_steps)
 
     # equation 5 of arXiv 2206.00364 with rho 7, over the noise levels that SDXL was trained with (scaled linear beta)
@@ -127,5 +129,41 @@ def test_the_noise_levels_are_those_of_karras(load, num_steps: int) -> None:
 
 
 def test_the_sampler_is_second_order_dpm_solver_plus_plus(load) -> None:
-    scheduler = inspect.getclosurevars(inspect.unwrap(load(settings()))).nonlocals["pipeline"].scheduler
+    scheduler = inspect.getclosurevars(load(settings())).nonlocals["pipeline"].scheduler
     assert (scheduler.config.algorithm_type, scheduler.config.solver_order) == ("dpmsolver++", 2)
+
+
+# ---- prompts of any length
+
+
+@pytest.fixture(scope="module")
+def pipeline(toy_weights: Path) -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline.from_pretrained(toy_weights / MODEL, add_watermarker=False)
+
+
+@pytest.mark.parametrize("negative", ["", "blurry, dark"])
+def test_a_prompt_of_one_chunk_is_embedded_as_the_pipeline_does_bit_for_bit(
+    pipeline: StableDiffusionXLPipeline, negative: str
+) -> None:
+    ours = embed_prompt(pipeline, PROMPT, negative)
+    with torch.inference_mode():
+        theirs = pipeline.encode_prompt(PROMPT, negative_prompt=negative, do_classifier_free_guidance=True)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    for name, tensor in zip(names, theirs, strict=True):
+        assert torch.equal(getattr(ours, name), tensor), name
+
+
+def test_the_end_of_a_long_prompt_counts_and_its_start_is_embedded_as_alone(pipeline: StableDiffusionXLPipeline) -> None:
+    # letters apart are a token each in both tokenizers: 75 of them fill a chunk
+    start = " ".join("abcdefghij"[i % 10] for i in range(75))
+    alone, long, other = (embed_prompt(pipeline, start + end, "dark") for end in ("", " close up", " wide shot"))
+    assert alone.prompt_embeds.shape[1] == alone.negative_prompt_embeds.shape[1] == 77
+    assert long.prompt_embeds.shape[1] == long.negative_prompt_embeds.shape[1] == 2 * 77
+    torch.testing.assert_close(long.prompt_embeds[:, :77], alone.prompt_embeds)
+    torch.testing.assert_close(long.pooled_prompt_embeds, alone.pooled_prompt_embeds)
+    assert not torch.allclose(long.prompt_embeds[:, 77:], other.prompt_embeds[:, 77:])
+
+
+def test_the_end_of_a_long_prompt_changes_the_picture(paint: Paint) -> None:
+    start = " ".join("abcdefghij"[i % 10] for i in range(75))
+    assert not np.array_equal(paint(f"{start} close up", SEED), paint(f"{start} wide shot", SEED))

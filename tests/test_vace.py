@@ -80,7 +80,7 @@ def first_frames(toy_weights: Path) -> FirstFrames:
             temporal_prompt=temporal,
             image_HWC=picture(config.width, config.height) if image_HWC is None else image_HWC,
             similarity=None,
-            attempts=1,
+            attempts=(),
             notes=(),
             temporal=embed(temporal),
             negative=embed(negative),

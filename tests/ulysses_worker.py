@@ -95,7 +95,7 @@ def animate_difference(folder: Path, group: Group, size: tuple[int, int, int]) -
         temporal_prompt="walks",
         image_HWC=random.integers(0, 256, (height, width, 3), dtype=np.uint8),
         similarity=None,
-        attempts=1,
+        attempts=(),
         notes=(),
         temporal=positive,
         negative=negative,

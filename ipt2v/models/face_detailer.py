@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ipt2v.config import FaceDetailerConfig
+
 if TYPE_CHECKING:
-    import torch
     from diffusers import StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
 
     from ipt2v.models.faces import Face
+    from ipt2v.models.sdxl_text import PromptEmbeds
 
 ImageHWC = NDArray[np.uint8]  # 0..255 RGB
 MaskHW = NDArray[np.bool_]
@@ -27,22 +29,6 @@ Box = Sequence[float] | NDArray[np.float32]  # left, top, right, bottom in pixel
 Inpaint = Callable[[ImageHWC, MaskHW, int], ImageHWC]  # (crop, where to draw, seed) -> crop of the same size
 VAE_FACTOR = 8  # pixels of a side per latent: SDXL's VAE halves three times
 FEATHER_SIGMA_PIXELS = 10.0  # whatever the kernel's size
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FaceDetailerSettings:
-    """As IPVG's text-to-image stage sets them (rain152/IPVG, hyperlora_t2i.py); the words are the node's."""
-
-    guide_size: int = 1024  # the box's shorter side is enlarged to this many pixels ...
-    max_size: int = 1024  # ... unless the crop's longer side would be larger than this
-    steps: int = 10
-    denoise: float = 0.5  # part of the noise levels that is gone through, 0..1
-    cfg: float = 5.0
-    feather: int = 5  # pixels
-    dilation: int = 10  # side in pixels of the square that the mask is dilated with
-    crop_factor: float = 2.0  # the crop's sides are the box's times this
-    drop_size: int = 10  # a box with a side of no more pixels is left alone
-    threshold: float = 0.5  # least score of a face; the analysis of faces finds none below 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +43,7 @@ class Crop:
     drawn_height: int
 
 
-def boxes_of(faces: Sequence[Face], settings: FaceDetailerSettings) -> list[NDArray[np.float32]]:
+def boxes_of(faces: Sequence[Face], settings: FaceDetailerConfig) -> list[NDArray[np.float32]]:
     """The boxes of the faces whose score is high enough, in the same order."""
     return [face.box_xyxy for face in faces if face.score >= settings.threshold]
 
@@ -68,7 +54,7 @@ def detail(
     inpaint: Inpaint,
     *,
     seed: int,
-    settings: FaceDetailerSettings,
+    settings: FaceDetailerConfig,
 ) -> ImageHWC:
     """The picture with each box redrawn, in the order of the boxes; the same object if no box is large enough.
 
@@ -109,7 +95,7 @@ def box_mask(box: Box, width: int, height: int, dilation: int) -> MaskHW:
     return mask_HW
 
 
-def crop_around(box: Box, width: int, height: int, settings: FaceDetailerSettings) -> Crop:
+def crop_around(box: Box, width: int, height: int, settings: FaceDetailerConfig) -> Crop:
     """crop_factor times the box, moved into the picture and cut to it, and the size to draw it at."""
     box_left, box_top, box_right, box_bottom = map(float, box)
     left, right = _span(box_left, box_right, width, settings.crop_factor)
@@ -138,7 +124,7 @@ def _span(start: float, end: float, limit: int, factor: float) -> tuple[int, int
     return first, int(first + length)
 
 
-def enlarged_size(width: int, height: int, box_side: float, settings: FaceDetailerSettings) -> tuple[int, int]:
+def enlarged_size(width: int, height: int, box_side: float, settings: FaceDetailerConfig) -> tuple[int, int]:
     """Width and height of a crop, enlarged so that the box's shorter side is guide_size, the crop at most max_size."""
     scale = settings.guide_size / box_side
     longer = max(int(width * scale), int(height * scale))
@@ -192,33 +178,7 @@ def _resized(image_HWC: ImageHWC, size: tuple[int, int]) -> ImageHWC:
 # ---------------------------------------------------------------------------------------------------- SDXL
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PromptEmbeds:
-    """What SDXL's text encoders make of a prompt and a negative prompt. L tokens, the same number in both."""
-
-    prompt_embeds: torch.Tensor  # [1,L,2048]
-    negative_prompt_embeds: torch.Tensor  # [1,L,2048]
-    pooled_prompt_embeds: torch.Tensor  # [1,1280]
-    negative_pooled_prompt_embeds: torch.Tensor  # [1,1280]
-
-
-def embed_prompt(pipeline: StableDiffusionXLPipeline, prompt: str, negative_prompt: str) -> PromptEmbeds:
-    """The embeddings as the pipeline makes them itself: of the first 77 tokens."""
-    import torch
-
-    with torch.inference_mode():
-        positive, negative, pooled, negative_pooled = pipeline.encode_prompt(
-            prompt, negative_prompt=negative_prompt, do_classifier_free_guidance=True
-        )
-    return PromptEmbeds(
-        prompt_embeds=positive,
-        negative_prompt_embeds=negative,
-        pooled_prompt_embeds=pooled,
-        negative_pooled_prompt_embeds=negative_pooled,
-    )
-
-
-def load_inpainter(pipeline: StableDiffusionXLPipeline, settings: FaceDetailerSettings) -> Callable[[PromptEmbeds], Inpaint]:
+def load_inpainter(pipeline: StableDiffusionXLPipeline, settings: FaceDetailerConfig) -> Callable[[PromptEmbeds], Inpaint]:
     """inpainter(prompt_embeds) -> inpaint(crop, mask, seed), by the weights of a text-to-image pipeline, which it shares."""
     import torch
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLInpaintPipeline
@@ -257,7 +217,7 @@ def _inpaint(
     mask_HW: MaskHW,
     *,
     seed: int,
-    settings: FaceDetailerSettings,
+    settings: FaceDetailerConfig,
 ) -> ImageHWC:
     import torch
 
@@ -281,7 +241,7 @@ def _inpaint(
     return (images[0] * 255).round().astype(np.uint8)
 
 
-def steps_and_strength(settings: FaceDetailerSettings) -> tuple[int, float]:
+def steps_and_strength(settings: FaceDetailerConfig) -> tuple[int, float]:
     """Number of noise levels, and the part of them that makes diffusers go through exactly the last `steps` ones."""
     num_levels = math.floor(settings.steps / settings.denoise)
     # diffusers takes int(num_levels * strength) steps: half a step more keeps the last bits of the product from losing one

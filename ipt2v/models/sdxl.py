@@ -1,8 +1,10 @@
-"""SDXL: a spatial prompt -> the first frame. Legend: H height, W width, C=3 RGB."""
+"""SDXL: a spatial prompt -> a picture, and its faces redrawn. Legend: H height, W width, C=3 RGB."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +13,24 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 from numpy.typing import NDArray
 
 from ipt2v.config import FirstFrameConfig
+from ipt2v.models.face_detailer import Box, detail, load_inpainter
+from ipt2v.models.sdxl_text import PromptEmbeds, embed_prompt
 
-Paint = Callable[[str, int], NDArray[np.uint8]]  # (spatial prompt, seed) -> image_HWC
+ImageHWC = NDArray[np.uint8]
 
 
-def load_painter(folder: Path, settings: FirstFrameConfig, *, device: torch.device) -> Paint:
-    """paint(spatial_prompt, seed) -> [H,W,3] uint8 RGB of the settings' size."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        folder, dtype=getattr(torch, settings.dtype), add_watermarker=False
-    ).to(device)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Painter:
+    """SDXL, loaded; both give [H,W,3] uint8 RGB of the settings' size."""
+
+    paint: Callable[[str, int], ImageHWC]  # (spatial prompt, seed)
+    redraw: Callable[[ImageHWC, Sequence[Box], str, int], ImageHWC]  # (picture, boxes of faces, spatial prompt, seed)
+
+
+def load_painter(folder: Path, settings: FirstFrameConfig, *, device: torch.device) -> Painter:
+    """The pipeline of a published folder, and FaceDetailer over the same weights."""
+    dtype = getattr(torch, settings.dtype)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, dtype=dtype, add_watermarker=False).to(device)
     pipeline.set_progress_bar_config(disable=True)
     # = dpmpp_2m with karras sigmas, the sampler of HyperLoRA's text-to-image workflow
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
@@ -30,25 +41,39 @@ def load_painter(folder: Path, settings: FirstFrameConfig, *, device: torch.devi
         use_karras_sigmas=True,
         final_sigmas_type="zero",
     )
+    inpainter = load_inpainter(pipeline, settings.face_detailer)
+
+    @lru_cache(maxsize=1)  # one prompt is painted and redrawn several times, then never again
+    def embed(prompt: str) -> PromptEmbeds:
+        return embed_prompt(pipeline, prompt, settings.negative_prompt)
+
+    def paint(spatial_prompt: str, seed: int) -> ImageHWC:
+        return _paint(pipeline, embed(spatial_prompt), settings, seed)
+
+    def redraw(image_HWC: ImageHWC, boxes: Sequence[Box], spatial_prompt: str, seed: int) -> ImageHWC:
+        return detail(image_HWC, boxes, inpainter(embed(spatial_prompt)), seed=seed, settings=settings.face_detailer)
+
+    return Painter(paint=paint, redraw=redraw)
+
+
+@torch.inference_mode()
+def _paint(pipeline: StableDiffusionXLPipeline, text: PromptEmbeds, settings: FirstFrameConfig, seed: int) -> ImageHWC:
     factor = pipeline.vae_scale_factor
-
-    @torch.inference_mode()
-    def paint(spatial_prompt: str, seed: int) -> NDArray[np.uint8]:
-        # drawn in float32 on the CPU, so that neither dtype nor device changes the picture's noise
-        noise = torch.randn(
-            (1, pipeline.unet.config.in_channels, settings.height // factor, settings.width // factor),
-            generator=torch.Generator().manual_seed(seed),
-        )
-        images = pipeline(
-            prompt=spatial_prompt,
-            negative_prompt=settings.negative_prompt,
-            width=settings.width,
-            height=settings.height,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            latents=noise.to(device, getattr(torch, settings.dtype)),
-            output_type="np",
-        ).images
-        return (images[0] * 255).round().astype(np.uint8)
-
-    return paint
+    # drawn in float32 on the CPU, so that neither dtype nor device changes the picture's noise
+    noise = torch.randn(
+        (1, pipeline.unet.config.in_channels, settings.height // factor, settings.width // factor),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    images = pipeline(
+        prompt_embeds=text.prompt_embeds,
+        negative_prompt_embeds=text.negative_prompt_embeds,
+        pooled_prompt_embeds=text.pooled_prompt_embeds,
+        negative_pooled_prompt_embeds=text.negative_pooled_prompt_embeds,
+        width=settings.width,
+        height=settings.height,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        latents=noise.to(pipeline.device, getattr(torch, settings.dtype)),
+        output_type="np",
+    ).images
+    return (images[0] * 255).round().astype(np.uint8)

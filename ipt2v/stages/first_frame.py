@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,16 @@ import torch
 from numpy.typing import NDArray
 
 from ipt2v.config import RunConfig
-from ipt2v.models.faces import load_face_analysis, subject_of
+from ipt2v.models.face_detailer import boxes_of
+from ipt2v.models.faces import Analyse, Face, largest, load_face_analysis, similarity, subject_of
 from ipt2v.models.llm import load_generator
-from ipt2v.models.sdxl import load_painter
+from ipt2v.models.sdxl import Painter, load_painter
 from ipt2v.models.umt5 import load_text_encoder
-from ipt2v.records import Answer, Failure, FirstFrame, Item, ItemError, Made, TextEmbedding, item_seed
+from ipt2v.records import Answer, Attempt, Failure, FirstFrame, Item, ItemError, Made, TextEmbedding, item_seed
 from ipt2v.references import load_reference
 from ipt2v.stages.decouple import Decoupled, decouple
 
 STAGE = "first_frame"
-UNKNOWN_SUBJECT = subject_of(())
 NO_FACE = "reference photo: no face is found in it"
 
 
@@ -43,29 +44,74 @@ def make(
     if not good:
         return
     start = time.monotonic()
-    subjects = find_subjects(photos, weights_dir / config.faces.model)
-    pairs = [(item.prompt, subjects[item.reference]) for item in good]
+    analyse = load_face_analysis(weights_dir / config.faces.model)  # on the CPU: onnxruntime for CUDA is another package
+    people = {path: analyse(image_HWC) for path, image_HWC in photos.items()}
+    pairs = [(item.prompt, subject_of(people[item.reference])) for item in good]
     decoupled = split_prompts(pairs, config, weights_dir, device, remember)
     texts = [config.video.negative_prompt, *(one.temporal for one in decoupled)]
     embeddings = embed(texts, config, weights_dir, device)
     shared_seconds = (time.monotonic() - start) / len(good)
 
-    paint = load_painter(weights_dir / config.first_frame.model, config.first_frame, device=device)
-    for item, prompts in zip(good, decoupled, strict=True):
-        start, seed = time.monotonic(), item_seed(config.seed, item.key, "paint")
+    painter = load_painter(weights_dir / config.first_frame.model, config.first_frame, device=device)
+    for item, prompts, (_, subject) in zip(good, decoupled, pairs, strict=True):
+        start = time.monotonic()
+        picture = paint_best(item.key, prompts.spatial, people[item.reference], config, painter, analyse)
         record = FirstFrame(
             key=item.key,
-            subject=subjects[item.reference],
+            subject=subject,
             spatial_prompt=prompts.spatial,
             temporal_prompt=prompts.temporal,
-            image_HWC=paint(prompts.spatial, seed),
-            similarity=None,
-            attempts=1,
-            notes=((NO_FACE,) if subjects[item.reference] == UNKNOWN_SUBJECT else ()) + prompts.notes,
+            image_HWC=picture.image_HWC,
+            similarity=picture.attempt.similarity,
+            attempts=picture.attempts,
+            notes=(() if people[item.reference] else (NO_FACE,)) + prompts.notes,
             temporal=embeddings[prompts.temporal],
             negative=embeddings[config.video.negative_prompt],
         )
-        yield Made(record=record, seed=seed, seconds=shared_seconds + time.monotonic() - start)
+        yield Made(record=record, seed=picture.attempt.seed, seconds=shared_seconds + time.monotonic() - start)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """The best of some attempts."""
+
+    image_HWC: NDArray[np.uint8]
+    attempt: Attempt  # that made it
+    attempts: tuple[Attempt, ...]
+
+
+def paint_best(key: str, prompt: str, people: Sequence[Face], config: RunConfig, painter: Painter, analyse: Analyse) -> Picture:
+    """Of at most max_attempts paintings the one whose face is most like the reference's, the first above enough_similarity.
+
+    Without a face in the reference there is nothing to choose by: the first painting is kept.
+    """
+    settings = config.first_frame
+    best: Picture | None = None
+    attempts: list[Attempt] = []
+    for number in range(settings.max_attempts):
+        seed = item_seed(config.seed, key, f"paint {number}")
+        image_HWC = painter.paint(prompt, seed)
+        if settings.face_detailer.enabled:
+            boxes = boxes_of(analyse(image_HWC), settings.face_detailer)
+            image_HWC = painter.redraw(image_HWC, boxes, prompt, item_seed(config.seed, key, f"redraw {number}"))
+        attempts.append(Attempt(seed=seed, similarity=likeness(people, analyse(image_HWC))))
+        if best is None or _rank(attempts[-1]) > _rank(best.attempt):
+            best = Picture(image_HWC=image_HWC, attempt=attempts[-1], attempts=())
+        if not people or _rank(best.attempt) > settings.enough_similarity:
+            break
+    assert best is not None
+    return replace(best, attempts=tuple(attempts))
+
+
+def likeness(people: Sequence[Face], painted: Sequence[Face]) -> float | None:
+    """ArcFace cosine between the largest faces of the reference and of a painting; None where one has no face."""
+    if not people or not painted:
+        return None
+    return similarity(largest(people).embedding, largest(painted).embedding)
+
+
+def _rank(attempt: Attempt) -> float:
+    return -2.0 if attempt.similarity is None else attempt.similarity  # a painting with a face before one without
 
 
 def read_photos(items: Sequence[Item]) -> tuple[dict[str, NDArray[np.uint8]], list[Failure]]:
@@ -79,12 +125,6 @@ def read_photos(items: Sequence[Item]) -> tuple[dict[str, NDArray[np.uint8]], li
         except ItemError as error:
             failures.append(Failure(key=item.key, stage=STAGE, reason=str(error)))
     return photos, failures
-
-
-def find_subjects(photos: Mapping[str, NDArray[np.uint8]], pack: Path) -> dict[str, str]:
-    """Path of each photo -> "A man", "A woman" or, where no face is found, "A person"."""
-    analyse = load_face_analysis(pack)  # on the CPU: about a second a photo, and onnxruntime for CUDA is another package
-    return {path: subject_of(analyse(image_HWC)) for path, image_HWC in photos.items()}
 
 
 def split_prompts(
