@@ -43,7 +43,9 @@ def write_report(run: RunDir) -> Path:
     config, environment = run.config(), run.environment()
     reasons = {failure.key: f"{failure.stage}: {failure.reason}" for failure in run.failures()}
     shards = [(shard, run.shard(shard)) for shard in range(environment.num_shards)]
-    rows = [_row(run, shard, item, reasons.get(item.key, "")) for shard, items in shards for item in items]
+    rows = [
+        _row(run, environment.run_digest, shard, item, reasons.get(item.key, "")) for shard, items in shards for item in items
+    ]
     done = {
         stage: sum(len(run.done(stage, shard, [item.key for item in items])) for shard, items in shards) for stage in STAGES
     }
@@ -61,14 +63,14 @@ def write_report(run: RunDir) -> Path:
     return path
 
 
-def _row(run: RunDir, shard: int, item: Item, reason: str) -> Row:
+def _row(run: RunDir, run_digest: str, shard: int, item: Item, reason: str) -> Row:
     try:
         reference = _data_uri(load_reference(item))
     except (ItemError, ValueError) as error:
         reference, reason = "", reason or str(error)
     try:
         path = run.record_path("first_frame", shard, item.key)
-        first_frame = hdf5.load_first_frame(path, item.key, run_digest=run.environment().run_digest)
+        first_frame = hdf5.load_first_frame(path, item.key, run_digest=run_digest)
     except KeyError:
         first_frame = None
     mp4 = run.mp4_path(item.key)

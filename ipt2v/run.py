@@ -11,6 +11,7 @@ from typing import Any
 
 from ipt2v import hdf5
 from ipt2v.answers import answer_all
+from ipt2v.config import RunConfig
 from ipt2v.mp4 import write_mp4
 from ipt2v.parallel import Group, group_from_environment
 from ipt2v.records import Failure, Item, Made, Provenance, VideoLatents
@@ -33,6 +34,7 @@ class _Work:
     """One shard of one stage, opened."""
 
     run: RunDir
+    config: RunConfig
     environment: Environment
     stage: str
     shard: int
@@ -70,7 +72,6 @@ def run_shard(run_dir: str | Path, stage: str, shard: int) -> ShardResult:
         raise ValueError(f"stage {stage!r} unknown; known: {', '.join(STAGES)}")
     work = _open(RunDir(Path(run_dir)), stage, shard)
     make, max_ranks = _STAGES[stage]
-    _quiet_libraries()
     with group_from_environment(max_ranks=max_ranks) as group:
         make(work, group)
         if group.is_first:
@@ -91,7 +92,7 @@ def _quiet_libraries() -> None:
 
 
 def _open(run: RunDir, stage: str, shard: int) -> _Work:
-    run.config()  # checks the digest
+    config = run.config()
     known = {item.key: item for item in run.manifest()}
     items, environment = run.shard(shard), run.environment()
     strangers = [item.key for item in items if known.get(item.key) != item]
@@ -99,17 +100,19 @@ def _open(run: RunDir, stage: str, shard: int) -> _Work:
         raise ValueError(f"{run.shard_path(shard)}: {strangers[0]} is not as in manifest.jsonl; restore the frozen file")
     if code_version() != environment.code_version:
         log.warning("code is %s, the run was frozen with %s; records note it", code_version(), environment.code_version)
-    return _Work(run=run, environment=environment, stage=stage, shard=shard, items=items)
+    return _Work(run=run, config=config, environment=environment, stage=stage, shard=shard, items=items)
 
 
 def _make_first_frames(work: _Work, group: Group) -> None:
-    from ipt2v.stages import first_frame
-
     finished = _recorded(work, "first_frame") | work.run.failed("first_frame", work.keys)
     todo = [item for item in work.items if item.key not in finished]
-    config = work.run.config()
-    remember = partial(answer_all, folder=work.run.answers_path, batch_size=config.decouple.batch_size)
-    for made in first_frame.make(todo, config, work.weights_dir, group.device, remember):
+    if not todo:
+        return
+    from ipt2v.stages import first_frame
+
+    _quiet_libraries()
+    remember = partial(answer_all, folder=work.run.answers_path, batch_size=work.config.decouple.batch_size)
+    for made in first_frame.make(todo, work.config, work.weights_dir, group.device, remember):
         if isinstance(made, Failure):
             work.run.save_failure(made)
             log.warning("first_frame %s failed: %s", made.key, made.reason)
@@ -126,12 +129,15 @@ def _make_videos(work: _Work, group: Group) -> None:
         return
     from ipt2v.stages import video
 
-    stage = video.load(work.run.config(), work.weights_dir, group)
+    _quiet_libraries()
+    stage = video.load(work.config, work.weights_dir, group)
     digest = work.environment.run_digest
     if group.is_first:
         for key in undecoded:
-            _deliver(work, stage, hdf5.load_video_latents(_path(work, "video", key), key, run_digest=digest))
-    first_frames = (hdf5.load_first_frame(_path(work, "first_frame", key), key, run_digest=digest) for key in todo)
+            path = work.run.record_path("video", work.shard, key)
+            _deliver(work, stage, hdf5.load_video_latents(path, key, run_digest=digest))
+    paths = work.run.record_paths("first_frame", work.shard, todo)
+    first_frames = (hdf5.load_first_frame(paths[key], key, run_digest=digest) for key in todo)
     for made in stage.make(first_frames):
         if group.is_first:
             key = made.record.key
@@ -161,16 +167,12 @@ def _videos_to_make(work: _Work) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _recorded(work: _Work, stage: str) -> set[str]:
     """Keys with a record of this run, each opened. Raises ValueError for a record of another run, or one that does not open."""
-    recorded = work.run.recorded(stage, work.shard, work.keys)
-    for key in recorded:
-        hdf5.load_provenance(_path(work, stage, key), key, run_digest=work.environment.run_digest)
-    return recorded
-
-
-def _path(work: _Work, stage: str, key: str) -> Path:
-    return work.run.record_path(stage, work.shard, key)
+    paths = work.run.record_paths(stage, work.shard, work.keys)
+    for key, path in paths.items():
+        hdf5.load_provenance(path, key, run_digest=work.environment.run_digest)
+    return set(paths)
 
 
 def _deliver(work: _Work, stage: Any, latents: VideoLatents) -> None:
     video = stage.decode(latents)
-    write_mp4(work.run.mp4_path(video.key), video.frames_THWC, fps=video.fps, crf=work.run.config().video.crf)
+    write_mp4(work.run.mp4_path(video.key), video.frames_THWC, fps=video.fps, crf=work.config.video.crf)

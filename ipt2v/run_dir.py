@@ -132,19 +132,21 @@ class RunDir:
 
     def record_path(self, stage: str, shard: int, key: str) -> Path:
         """The file that holds record `key`: its part, or the sealed shard. Raises KeyError if neither does."""
-        part = self.part_path(stage, key)
-        if part.exists():
-            return part
+        paths = self.record_paths(stage, shard, [key])
+        if key not in paths:
+            raise KeyError(f"{self.root}: no {stage} record of {key}")
+        return paths[key]
+
+    def record_paths(self, stage: str, shard: int, keys: Collection[str]) -> dict[str, Path]:
+        """key -> the file that holds its record, of a shard's keys that have one. Opens the sealed shard only, never a part."""
         sealed = self.sealed_path(stage, shard)
-        if sealed.exists() and key in hdf5.sealed_keys(sealed):
-            return sealed
-        raise KeyError(f"{self.root}: no {stage} record of {key}")
+        in_shard = set(hdf5.sealed_keys(sealed)).intersection(keys) if sealed.exists() else set()
+        in_parts = _existing(self.root / stage / "parts", set(keys) - in_shard, ".h5")
+        return dict.fromkeys(in_shard, sealed) | {key: self.part_path(stage, key) for key in in_parts}
 
     def recorded(self, stage: str, shard: int, keys: Collection[str]) -> set[str]:
-        """Which of a shard's keys have a record in `stage`. Opens the sealed shard only, never a part."""
-        sealed = self.sealed_path(stage, shard)
-        found = set(hdf5.sealed_keys(sealed)).intersection(keys) if sealed.exists() else set()
-        return found | _existing(self.root / stage / "parts", set(keys) - found, ".h5")
+        """Which of a shard's keys have a record in `stage`."""
+        return set(self.record_paths(stage, shard, keys))
 
     def failed(self, stage: str, keys: Collection[str]) -> set[str]:
         """Which of the keys have a failure record in `stage`."""
@@ -183,8 +185,8 @@ def seal_shard(run: RunDir, stage: str, shard: int, keys: Collection[str]) -> No
     parts = _existing(run.root / stage / "parts", keys, ".h5")
     if not parts:
         return
-    recorded = run.recorded(stage, shard, keys)
-    hdf5.seal(run.sealed_path(stage, shard), [(key, run.record_path(stage, shard, key)) for key in keys if key in recorded])
+    paths = run.record_paths(stage, shard, keys)
+    hdf5.seal(run.sealed_path(stage, shard), [(key, paths[key]) for key in keys if key in paths])
     for key in parts:
         run.part_path(stage, key).unlink(missing_ok=True)
 

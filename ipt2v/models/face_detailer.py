@@ -181,7 +181,9 @@ def _resized(image_HWC: ImageHWC, size: tuple[int, int]) -> ImageHWC:
 def load_inpainter(pipeline: StableDiffusionXLPipeline, settings: FaceDetailerConfig) -> Callable[[PromptEmbeds], Inpaint]:
     """inpainter(prompt_embeds) -> inpaint(crop, mask, seed), by the weights of a text-to-image pipeline, which it shares."""
     import torch
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLInpaintPipeline
+    from diffusers import StableDiffusionXLInpaintPipeline
+
+    from ipt2v.models.sdxl_sampler import dpmpp_2m_karras
 
     # not from_pipe: it would cast the shared weights to float32 (diffusers 0.42)
     inpainting = StableDiffusionXLInpaintPipeline(
@@ -190,15 +192,7 @@ def load_inpainter(pipeline: StableDiffusionXLPipeline, settings: FaceDetailerCo
         add_watermarker=False,
     )
     inpainting.set_progress_bar_config(disable=True)
-    # = dpmpp_2m with karras sigmas; of its own, because a scheduler counts the steps of one picture
-    inpainting.scheduler = DPMSolverMultistepScheduler.from_config(
-        pipeline.scheduler.config,
-        algorithm_type="dpmsolver++",
-        solver_type="midpoint",
-        solver_order=2,
-        use_karras_sigmas=True,
-        final_sigmas_type="zero",
-    )
+    inpainting.scheduler = dpmpp_2m_karras(pipeline)  # of its own: a scheduler counts the steps of one picture
 
     def inpainter(text: PromptEmbeds) -> Inpaint:
         @torch.inference_mode()

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from numpy.typing import NDArray
 
 from ipt2v.config import FirstFrameConfig
 from ipt2v.models.face_detailer import Box, detail, load_inpainter
+from ipt2v.models.sdxl_sampler import dpmpp_2m_karras
 from ipt2v.models.sdxl_text import PromptEmbeds, embed_prompt
 
 ImageHWC = NDArray[np.uint8]
@@ -32,15 +33,7 @@ def load_painter(folder: Path, settings: FirstFrameConfig, *, device: torch.devi
     dtype = getattr(torch, settings.dtype)
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, dtype=dtype, add_watermarker=False).to(device)
     pipeline.set_progress_bar_config(disable=True)
-    # = dpmpp_2m with karras sigmas, the sampler of HyperLoRA's text-to-image workflow
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
-        pipeline.scheduler.config,
-        algorithm_type="dpmsolver++",
-        solver_type="midpoint",
-        solver_order=2,
-        use_karras_sigmas=True,
-        final_sigmas_type="zero",
-    )
+    pipeline.scheduler = dpmpp_2m_karras(pipeline)
     inpainter = load_inpainter(pipeline, settings.face_detailer)
 
     @lru_cache(maxsize=1)  # one prompt is painted and redrawn several times, then never again

@@ -94,7 +94,7 @@ def paint_best(key: str, prompt: str, people: Sequence[Face], config: RunConfig,
         if settings.face_detailer.enabled:
             boxes = boxes_of(analyse(image_HWC), settings.face_detailer)
             image_HWC = painter.redraw(image_HWC, boxes, prompt, item_seed(config.seed, key, f"redraw {number}"))
-        attempts.append(Attempt(seed=seed, similarity=likeness(people, analyse(image_HWC))))
+        attempts.append(Attempt(seed=seed, similarity=likeness(people, analyse(image_HWC) if people else ())))
         if best is None or _rank(attempts[-1]) > _rank(best.attempt):
             best = Picture(image_HWC=image_HWC, attempt=attempts[-1], attempts=())
         if not people or _rank(best.attempt) > settings.enough_similarity:
