@@ -10,13 +10,16 @@ import heapq
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
-from ipt2v.records import Item
+from ipt2v.records import Item, Photo
 
-FIELDS = tuple(sorted(field.name for field in fields(Item)))
+MORE_PHOTOS = "more_photos"  # left out where there are none
+FIELDS = tuple(sorted(field.name for field in fields(Item) if field.name != MORE_PHOTOS))  # all of them text
+PHOTO_FIELDS = tuple(sorted(field.name for field in fields(Photo)))  # all of them text
 _FIELD_SET = frozenset(FIELDS)
+_PHOTO_FIELD_SET = frozenset(PHOTO_FIELDS)
 _DIGITS = re.compile(r"([0-9]+)")
 
 
@@ -33,9 +36,12 @@ def in_natural_order(items: Iterable[Item]) -> tuple[Item, ...]:
 
 def dumps_manifest(items: Iterable[Item]) -> str:
     """The manifest's text: one JSON object an item, in the given order; the same items give the same bytes."""
-    return "".join(
-        json.dumps({name: getattr(item, name) for name in FIELDS}, ensure_ascii=False, sort_keys=True) + "\n" for item in items
-    )
+    return "".join(json.dumps(_record(item), ensure_ascii=False, sort_keys=True) + "\n" for item in items)
+
+
+def _record(item: Item) -> dict[str, object]:
+    record: dict[str, object] = {name: getattr(item, name) for name in FIELDS}
+    return record | {MORE_PHOTOS: [asdict(photo) for photo in item.more_photos]} if item.more_photos else record
 
 
 def write_manifest(items: Iterable[Item], path: Path) -> None:
@@ -70,17 +76,31 @@ def _parse_item(line: str, place: str) -> Item:
         raise ValueError(f"{place}: malformed JSON: {error}; write the manifest anew") from error
     if not isinstance(record, dict):
         raise ValueError(f"{place}: found a {type(record).__name__}, expected an object; write the manifest anew")
-    if record.keys() != _FIELD_SET:
-        raise ValueError(f"{place}: fields {', '.join(sorted(record)) or 'none'}, expected {', '.join(FIELDS)}")
-    for name, value in record.items():
+    texts = {name: value for name, value in record.items() if name != MORE_PHOTOS}
+    if texts.keys() != _FIELD_SET:
+        expected = f"{', '.join(FIELDS)} and, if there are any, {MORE_PHOTOS}"
+        raise ValueError(f"{place}: fields {', '.join(sorted(record)) or 'none'}, expected {expected}")
+    for name, value in texts.items():
         if not isinstance(value, str):
             raise ValueError(f"{place}: {name} is {value!r:.60} ({type(value).__name__}), expected text")
-    return Item(**record)
+    return Item(**texts, more_photos=_parse_photos(record[MORE_PHOTOS], place) if MORE_PHOTOS in record else ())
+
+
+def _parse_photos(value: object, place: str) -> tuple[Photo, ...]:
+    expected = f"a list of at least one object with the texts {', '.join(PHOTO_FIELDS)}; write the manifest anew"
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{place}: {MORE_PHOTOS} is {value!r:.60} ({type(value).__name__}), expected {expected}")
+    for index, photo in enumerate(value):
+        is_photo = isinstance(photo, dict) and photo.keys() == _PHOTO_FIELD_SET
+        if not is_photo or not all(isinstance(text, str) for text in photo.values()):
+            raise ValueError(f"{place}: {MORE_PHOTOS}[{index}] is {photo!r:.60} ({type(photo).__name__}), expected {expected}")
+    return tuple(Photo(**photo) for photo in value)
 
 
 def manifest_digest(items: Iterable[Item]) -> str:
     """SHA-256 of what the items ask for, 64 hex digits: the same in any order and wherever the photos lie."""
-    asked = sorted((item.identity, item.prompt_id, item.prompt, item.reference_sha256) for item in items)
+    # photos in their order: another one rounds their average in another way
+    asked = sorted((item.identity, item.prompt_id, item.prompt, *(photo.sha256 for photo in item.photos)) for item in items)
     # as JSON, so that no two lists run together into the same bytes
     return hashlib.sha256(json.dumps(asked).encode("ascii")).hexdigest()
 

@@ -21,18 +21,32 @@ class ItemError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Photo:
+    """One photo of a person."""
+
+    path: str  # absolute
+    sha256: str  # of its bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One pair to make: a reference photo and a prompt."""
+    """One pair to make: a reference photo and a prompt. The person may have further photos."""
 
     identity: str
     prompt_id: str
     prompt: str
     reference: str  # absolute path of the photo
     reference_sha256: str  # of the photo's bytes, so that a run knows when somebody has changed it
+    more_photos: tuple[Photo, ...] = ()  # of the same person; HyperLoRA averages over all
 
     @property
     def key(self) -> str:
         return f"{self.identity}/{self.prompt_id}"
+
+    @property
+    def photos(self) -> tuple[Photo, ...]:
+        """All photos of the person; the first is the reference."""
+        return Photo(path=self.reference, sha256=self.reference_sha256), *self.more_photos
 
 
 def item_seed(base_seed: int, key: str, purpose: str) -> int:
@@ -81,6 +95,7 @@ class FirstFrame:
     spatial_prompt: str
     temporal_prompt: str
     image_HWC: NDArray[np.uint8]  # 0..255 RGB
+    reference_HWC: NDArray[np.uint8]  # 0..255 RGB, the person cut out on white: what reference-to-video starts from
     similarity: float | None  # of the attempt that was kept
     attempts: tuple[Attempt, ...]  # paintings made to choose from, in their order
     notes: tuple[str, ...]  # what fell back to something else on the way, and why

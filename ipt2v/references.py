@@ -1,4 +1,4 @@
-"""Decodes an item's reference photo into RGB pixels.
+"""Decodes an item's photos into RGB pixels.
 
 Knows nothing of faces or models. Shape legend: H height, W width, C=3 RGB.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ipt2v.records import Item, ItemError
+from ipt2v.records import Item, ItemError, Photo
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 100_000_000
@@ -37,39 +37,51 @@ _UPRIGHT = {
 
 
 def load_reference(item: Item) -> NDArray[np.uint8]:
-    """The item's photo, upright, [H,W,3] uint8 RGB, 0..255; what is transparent becomes white. Of an animation, frame one.
+    """The item's main photo, upright, [H,W,3] uint8 RGB, 0..255; what is transparent becomes white. Of an animation, frame one.
 
     Raises ItemError if the photo cannot be decoded or has no usable size, ValueError if it is not the file of this run.
     """
-    data = _unchanged_bytes(item)
+    return _load(item.photos[0], item.key)
+
+
+def load_photos(item: Item) -> tuple[NDArray[np.uint8], ...]:
+    """All of the item's photos, the main one first, each as load_reference gives it; their sizes may differ.
+
+    Raises what load_reference raises, for the first photo that something is wrong with.
+    """
+    return tuple(_load(photo, item.key) for photo in item.photos)
+
+
+def _load(photo: Photo, key: str) -> NDArray[np.uint8]:
+    data = _unchanged_bytes(photo, key)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(image, item)
+            _check_size(image, photo, key)
             image.load()
             return np.array(_upright(_rgb_on_white(image), _orientation(image)), dtype=np.uint8)
     except _DECODE_ERRORS as error:
-        raise ItemError(f"{item.key}: reference {item.reference} cannot be decoded: {error}; replace the photo") from error
+        raise ItemError(f"{key}: reference {photo.path} cannot be decoded: {error}; replace the photo") from error
 
 
-def _unchanged_bytes(item: Item) -> bytes:
+def _unchanged_bytes(photo: Photo, key: str) -> bytes:
     try:
-        data = Path(item.reference).read_bytes()
+        data = Path(photo.path).read_bytes()
     except OSError as error:
-        found = f"reference {item.reference} cannot be read ({error.strerror})"
-        raise ValueError(f"{item.key}: {found}; restore it or make a new run") from error
+        found = f"reference {photo.path} cannot be read ({error.strerror})"
+        raise ValueError(f"{key}: {found}; restore it or make a new run") from error
     found_sha256 = hashlib.sha256(data).hexdigest()
-    if found_sha256 != item.reference_sha256:
-        digests = f"sha256 {found_sha256[:12]}, expected {item.reference_sha256[:12]}"
-        raise ValueError(f"{item.key}: reference {item.reference} has changed: {digests}; restore it or make a new run")
+    if found_sha256 != photo.sha256:
+        digests = f"sha256 {found_sha256[:12]}, expected {photo.sha256[:12]}"
+        raise ValueError(f"{key}: reference {photo.path} has changed: {digests}; restore it or make a new run")
     return data
 
 
-def _check_size(image: Image.Image, item: Item) -> None:
+def _check_size(image: Image.Image, photo: Photo, key: str) -> None:
     """Looks at the header alone: a photo that is too large must not be decoded first."""
     width, height = image.size
     if width * height > MAX_PIXELS or min(width, height) < MIN_SIDE_PIXELS:
         limits = f"expected at least {MIN_SIDE_PIXELS} px a side and at most {MAX_PIXELS // 1_000_000} megapixels"
-        raise ItemError(f"{item.key}: reference {item.reference} is {width}x{height} px, {limits}; replace the photo")
+        raise ItemError(f"{key}: reference {photo.path} is {width}x{height} px, {limits}; replace the photo")
 
 
 def _rgb_on_white(image: Image.Image) -> Image.Image:

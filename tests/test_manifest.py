@@ -23,12 +23,16 @@ from ipt2v.manifest import (
     shard_by_identity,
     write_manifest,
 )
-from ipt2v.records import Item
+from ipt2v.records import Item, Photo
 
 
 def item_of(identity: str = "id1", prompt_id: str = "p1", prompt: str = "walks", reference: str = "/a.png") -> Item:
     digest = hashlib.sha256(reference.encode()).hexdigest()
     return Item(identity=identity, prompt_id=prompt_id, prompt=prompt, reference=reference, reference_sha256=digest)
+
+
+def photo_of(name: str, content: str = "") -> Photo:
+    return Photo(path=f"/{name}.png", sha256=hashlib.sha256((content or name).encode()).hexdigest())
 
 
 def items_of(counts: list[int]) -> list[Item]:
@@ -37,8 +41,13 @@ def items_of(counts: list[int]) -> list[Item]:
 
 
 few = settings(max_examples=50)  # of Hypothesis's 100: the suite is to stay fast
-item_lists = st.lists(
+items_with_photos = st.builds(
+    lambda item, photos: replace(item, more_photos=tuple(photos)),
     st.builds(item_of, st.text(), st.text(), st.text(), st.text()),
+    st.lists(st.builds(Photo, path=st.text(), sha256=st.text()), max_size=2),
+)
+item_lists = st.lists(
+    items_with_photos,
     unique_by=lambda item: (item.identity, item.prompt_id),
     max_size=5,
 )
@@ -87,6 +96,46 @@ def test_a_manifest_is_one_readable_sorted_object_a_line() -> None:
     assert '"dreht\\nsich um: \u00e9\u2028"' in lines[0]
 
 
+def test_a_line_of_a_single_photo_says_nothing_of_further_ones_and_others_list_them() -> None:
+    item = item_of()
+    single = {name: getattr(item, name) for name in ("identity", "prompt", "prompt_id", "reference", "reference_sha256")}
+    assert dumps_manifest([item]) == json.dumps(single) + "\n"
+    more = json.loads(dumps_manifest([replace(item, more_photos=(photo_of("c"), photo_of("b")))]))
+    photos = [{"path": "/c.png", "sha256": photo_of("c").sha256}, {"path": "/b.png", "sha256": photo_of("b").sha256}]
+    assert more == single | {"more_photos": photos}
+
+
+def test_the_photos_of_an_item_are_the_main_one_and_then_the_further_ones() -> None:
+    item = item_of(reference="/a.png")
+    assert item.photos == (Photo(path="/a.png", sha256=item.reference_sha256),)
+    assert replace(item, more_photos=(photo_of("c"), photo_of("b"))).photos == (*item.photos, photo_of("c"), photo_of("b"))
+
+
+@pytest.mark.parametrize(
+    ("more_photos", "found"),
+    [
+        ("null", "more_photos is None (NoneType), expected a list of at least one object with the texts path, sha256"),
+        ("[]", "more_photos is [] (list), expected"),
+        ('"/b.png"', "more_photos is '/b.png' (str), expected"),
+        ('{"path": "b", "sha256": "c"}', "more_photos is {'path': 'b', 'sha256': 'c'} (dict), expected"),
+        ('["/b.png"]', "more_photos[0] is '/b.png' (str), expected"),
+        ('[{"path": "b", "sha256": "c"}, {"path": "b"}]', "more_photos[1] is {'path': 'b'} (dict), expected"),
+        ('[{"path": "b", "sha256": 7}]', "more_photos[0] is {'path': 'b', 'sha256': 7} (dict), expected"),
+        (
+            '[{"path": "b", "sha256": "c", "x": "y"}]',
+            "more_photos[0] is {'path': 'b', 'sha256': 'c', 'x': 'y'} (dict), expected",
+        ),
+    ],
+)
+def test_further_photos_of_another_shape_are_refused(tmp_path: Path, more_photos: str, found: str) -> None:
+    path = tmp_path / "manifest.jsonl"
+    path.write_text(dumps_manifest([item_of()]).replace("{", f'{{"more_photos": {more_photos}, ', 1), encoding="utf-8")
+    with pytest.raises(ValueError) as caught:
+        read_manifest(path)
+    assert str(caught.value).startswith(f"{path}, line 1: {found}")
+    assert str(caught.value).endswith("write the manifest anew")
+
+
 @pytest.mark.parametrize(
     ("line", "found"),
     [
@@ -96,6 +145,10 @@ def test_a_manifest_is_one_readable_sorted_object_a_line() -> None:
         ("[1]", "found a list, expected an object"),
         ("{}", "fields none, expected identity, prompt, prompt_id, reference, reference_sha256"),
         (json.dumps({"identity": "a", "seed": "1"}), "fields identity, seed, expected identity, prompt,"),
+        (
+            json.dumps({"more_photos": []}),
+            "fields more_photos, expected identity, prompt, prompt_id, reference, reference_sha256 and",
+        ),
         (dumps_manifest([item_of()]).replace('"walks"', "7").strip(), "prompt is 7 (int), expected text"),
         (dumps_manifest([item_of("id0")]).strip(), "'id0/p1' is also on line 1"),
     ],
@@ -142,7 +195,14 @@ def test_100_000_items_are_read_within_a_second_and_a_half(tmp_path: Path) -> No
 @few
 @given(item_lists, st.randoms())
 def test_the_digest_does_not_depend_on_order_nor_on_paths(items: list[Item], shuffler: random.Random) -> None:
-    moved = [replace(item, reference="/elsewhere" + item.reference) for item in items]
+    moved = [
+        replace(
+            item,
+            reference="/elsewhere" + item.reference,
+            more_photos=tuple(replace(photo, path="/elsewhere" + photo.path) for photo in item.more_photos),
+        )
+        for item in items
+    ]
     assert manifest_digest(shuffler.sample(moved, len(moved))) == manifest_digest(items)
 
 
@@ -150,6 +210,33 @@ def test_the_digest_does_not_depend_on_order_nor_on_paths(items: list[Item], shu
 def test_the_digest_changes_with_every_other_field(field: str) -> None:
     items = items_of([2, 3])
     assert manifest_digest([*items[:-1], replace(items[-1], **{field: "other"})]) != manifest_digest(items)
+
+
+def test_the_digest_of_items_with_single_photos_stays_what_run_folders_on_disk_have() -> None:
+    rows = (("id1", "prompt1", "a"), ("id1", "prompt2", "a"), ("id2", "prompt1", "b"))
+    items = [
+        Item(identity=identity, prompt_id=prompt_id, prompt="walks", reference=f"/{identity}.png", reference_sha256=digit * 64)
+        for identity, prompt_id, digit in rows
+    ]
+    # computed before items could have further photos
+    assert manifest_digest(items) == "eeca592e6a4b5024061df4e8e951977f7fe9aa59c813c4f28246547b0a221226"
+
+
+def test_the_digest_changes_with_the_content_and_the_order_of_further_photos_and_not_with_their_place() -> None:
+    def digest(*more_photos: Photo) -> str:
+        return manifest_digest([item_of("id0"), replace(item_of(), more_photos=more_photos)])
+
+    photos = photo_of("b"), photo_of("c")
+    different = [(), photos[:1], photos, photos[::-1], (photos[0], photo_of("c", "other"))]
+    assert len({digest(*more_photos) for more_photos in different}) == len(different)
+    assert digest(photos[0], photo_of("elsewhere", "c")) == digest(*photos)
+
+
+def test_the_digest_tells_the_main_photo_from_a_further_one() -> None:
+    item = replace(item_of(reference="/b.png"), more_photos=(photo_of("c"),))
+    main, further = item.photos
+    swapped = replace(item, reference=further.path, reference_sha256=further.sha256, more_photos=(main,))
+    assert manifest_digest([swapped]) != manifest_digest([item])
 
 
 def test_the_digest_does_not_run_fields_together() -> None:

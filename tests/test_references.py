@@ -6,6 +6,7 @@ import hashlib
 import io
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ipt2v.records import Item, ItemError
-from ipt2v.references import load_reference
+from ipt2v.references import load_photos, load_reference
 from ipt2v.testsets import read_testset
 
 CHALLENGE = Path(__file__).parents[2] / "shared" / "data" / "testset2025"
@@ -27,6 +28,11 @@ def item_of(path: Path, data: bytes) -> Item:
     path.write_bytes(data)
     digest = hashlib.sha256(data).hexdigest()
     return Item(identity="id1", prompt_id="p1", prompt="walks", reference=str(path), reference_sha256=digest)
+
+
+def with_photos(item: Item, *others: Item) -> Item:
+    """The item with the photos of the others as its further ones."""
+    return replace(item, more_photos=tuple(photo for other in others for photo in other.photos))
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -228,6 +234,59 @@ def test_a_photo_that_vanished_is_named(tmp_path: Path) -> None:
     Path(item.reference).unlink()
     with pytest.raises(ValueError, match=r"a\.png cannot be read \(No such file or directory\); restore it or make a new run"):
         load_reference(item)
+
+
+def test_all_photos_are_loaded_the_main_one_first_and_the_others_in_their_order(tmp_path: Path) -> None:
+    shades = {"main": (40, 20), "c": (20, 30), "b": (16, 16)}
+    items = [
+        item_of(tmp_path / f"{name}.png", encoded(Image.new("RGB", size, RED if name == "c" else WHITE), "PNG"))
+        for name, size in shades.items()
+    ]
+    main, *others = load_photos(with_photos(*items))
+    assert [image.shape for image in (main, *others)] == [(20, 40, 3), (30, 20, 3), (16, 16, 3)]
+    assert (others[0] == RED).all() and (others[1] == 255).all()
+    assert np.array_equal(main, load_reference(items[0]))
+
+
+def test_an_item_with_a_single_photo_has_one(tmp_path: Path) -> None:
+    item = item_of(tmp_path / "a.png", encoded(quarters(), "PNG"))
+    assert len(load_photos(item)) == 1
+    assert np.array_equal(load_photos(item)[0], load_reference(item))
+
+
+def test_a_further_photo_stands_upright_on_white_too(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    further = encoded(Image.new("RGBA", (40, 20), (0, 0, 0, 0)), "PNG", exif=exif)
+    item = with_photos(item_of(tmp_path / "a.png", encoded(quarters(), "PNG")), item_of(tmp_path / "b.png", further))
+    assert load_photos(item)[1].shape == (40, 20, 3)
+    assert (load_photos(item)[1] == 255).all()
+
+
+def test_a_changed_or_vanished_further_photo_is_named(tmp_path: Path) -> None:
+    item = with_photos(*(item_of(tmp_path / name, encoded(quarters(), "PNG")) for name in ("a.png", "b.png")))
+    (tmp_path / "b.png").write_bytes(b"other")
+    with pytest.raises(ValueError, match=r"^id1/p1: reference .*b\.png has changed: sha256 .*; restore it or make a new run$"):
+        load_photos(item)
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(ValueError, match=r"^id1/p1: reference .*b\.png cannot be read \(No such file or directory\)"):
+        load_photos(item)
+    assert load_reference(item).shape == (20, 40, 3)
+
+
+@pytest.mark.parametrize(
+    ("further", "found"),
+    [
+        (encoded(Image.new("RGB", (40, 20)), "PNG")[:60], "cannot be decoded: .*; replace the photo"),
+        (encoded(Image.new("RGB", (15, 40)), "PNG"), "is 15x40 px, expected at least 16 px a side"),
+    ],
+)
+def test_a_further_photo_that_cannot_be_used_is_this_items_error_and_is_named(
+    tmp_path: Path, further: bytes, found: str
+) -> None:
+    item = with_photos(item_of(tmp_path / "a.png", encoded(quarters(), "PNG")), item_of(tmp_path / "b.png", further))
+    with pytest.raises(ItemError, match=rf"^id1/p1: reference .*b\.png {found}"):
+        load_photos(item)
 
 
 @needs_challenge

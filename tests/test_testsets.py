@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from ipt2v.records import Photo
 from ipt2v.testsets import archive_template, detect_format, read_testset, sniff_image
 
 CHALLENGE = Path(__file__).parents[2] / "shared" / "data" / "testset2025"
@@ -96,6 +97,41 @@ def test_stray_files_in_a_tree_are_left_alone(tree: Path) -> None:
     assert keys(tree) == before
 
 
+def test_a_tree_gives_further_photos_to_every_prompt_of_their_identity_by_their_numbers(tree: Path) -> None:
+    names = ["Image2.png", "image3.WEBP", "image010.jpg", "image011.jpeg"]  # natural order would put I before i
+    for shade, name in enumerate(reversed(names)):
+        write(tree / "id2" / name, photo(shade=shade))
+    items = read_testset(tree)
+    assert {item.reference for item in items if item.identity == "id2"} == {str(tree / "id2" / "image.png")}
+    expected = [(str(tree / "id2" / name), hashlib.sha256(photo(shade=3 - n)).hexdigest()) for n, name in enumerate(names)]
+    for item in items:
+        assert [(one.path, one.sha256) for one in item.more_photos] == (expected if item.identity == "id2" else [])
+
+
+def test_jsonl_takes_a_list_of_images_with_the_main_photo_first(table: Path) -> None:
+    row = {"identity": "a", "prompt": "walks"}
+    images = [" images/b.webp ", "images/a.png"], ["images/a.png"], "images/a.png"
+    listed, alone, plain = read_testset(write_jsonl(table, *(row | {"image": image} for image in images)))
+    assert listed.reference == str(table / "images" / "b.webp")
+    assert listed.reference_sha256 == hashlib.sha256(photo("WEBP")).hexdigest()
+    sha256 = hashlib.sha256(photo()).hexdigest()
+    assert listed.more_photos == (Photo(path=str(table / "images" / "a.png"), sha256=sha256),)
+    assert alone.photos == plain.photos == listed.more_photos
+
+
+def test_a_further_photo_in_jsonl_may_be_absolute(table: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = write(tmp_path_factory.mktemp("elsewhere") / "c.png", photo(shade=1))
+    path = write_jsonl(table, {"identity": "a", "prompt": "walks", "image": ["images/a.png", str(elsewhere)]})
+    assert [one.path for one in read_testset(path)[0].more_photos] == [str(elsewhere)]
+
+
+def test_csv_and_evaljson_give_no_further_photos(table: Path) -> None:
+    assert not read_testset(write(table / "s.csv", "identity,prompt,image\na,walks,images/a.png\n"))[0].more_photos
+    assert not read_testset(write_evaljson(table, {"img": "images/a.png", "prompt": "walks"}))[0].more_photos
+    path = write_evaljson(table, {"img": ["images/a.png"], "prompt": "walks"})
+    assert "line 2 (entry 1): img is ['images/a.png'] (list), expected text in quotes" in error_of(path)
+
+
 def test_an_evaljson_numbers_its_entries_from_1(table: Path) -> None:
     rows = [{"img": f"images/{name}", "prompt": f"p {name}"} for name in ("b.webp", "a.png", "b.webp")]
     path = write_evaljson(table, *rows)
@@ -164,7 +200,8 @@ def test_a_photo_is_hashed_once_however_many_prompts_it_has(table: Path, monkeyp
 
     monkeypatch.setattr(Path, "open", noting_open)
     rows = [{"identity": "a", "prompt": "walks", "image": f"images/{name}"} for name in ("a.png", "b.webp", "a.png", "a.png")]
-    assert len(read_testset(write_jsonl(table, *rows))) == 4
+    rows.append({"identity": "a", "prompt": "walks", "image": ["images/b.webp", "images/a.png"]})  # type: ignore[dict-item]
+    assert len(read_testset(write_jsonl(table, *rows))) == 5
     assert [path.name for path in opened if path.parent.name == "images"] == ["a.png", "b.webp"]
 
 
@@ -248,6 +285,41 @@ def test_several_images_in_one_folder_are_all_named(tree: Path) -> None:
     assert f"{tree / 'id2'}: 2 images found (image.png, image.webp), expected one" in error_of(tree)
 
 
+def test_a_folder_with_further_photos_alone_lacks_its_main_one(tree: Path) -> None:
+    (tree / "id2" / "image.png").rename(tree / "id2" / "image2.png")
+    assert f"{tree / 'id2'}: image missing: found image2.png, prompt1.txt" in error_of(tree)
+
+
+@pytest.mark.parametrize("name", ["image0.png", "image1.png", "image01.webp"])
+def test_a_further_photo_that_counts_below_2_is_named(tree: Path, name: str) -> None:
+    write(tree / "id2" / name, photo())
+    expected = f"{tree / 'id2'}: {name} found beside image.*; further photos count from image2.* on; rename it"
+    assert error_of(tree) == expected
+
+
+@pytest.mark.parametrize("names", [("image2.png", "image2.webp"), ("image02.png", "image2.png")])
+def test_two_further_photos_with_one_number_are_both_named(tree: Path, names: tuple[str, str]) -> None:
+    for shade, name in enumerate(names):
+        write(tree / "id2" / name, photo(shade=shade))
+    assert f"{tree / 'id2'}: 2 images with the number 2 found ({names[0]}, {names[1]}), expected one" in error_of(tree)
+
+
+def test_a_further_photo_in_a_tree_is_checked_as_the_main_one_is(tree: Path) -> None:
+    path, place = tree / "id2" / "image2.png", tree / "id2" / "prompt1.txt"
+    write(path, "version https://git-lfs.github.com/spec/v1")
+    assert error_of(tree).startswith(f"{place}: image {path} starts with b'version http', expected the content of a PNG")
+    path.unlink()
+    path.symlink_to(tree / "absent.png")
+    assert error_of(tree).startswith(f"{place}: image {path} missing: no such file; add it or correct the path")
+
+
+def test_the_same_photo_twice_in_one_folder_is_refused(tree: Path) -> None:
+    write(tree / "id2" / "image2.png", photo(shade=1))
+    path = write(tree / "id2" / "image3.png", photo())
+    text = f"image {path} has the same content as {tree / 'id2' / 'image.png'}, expected different photos of the person"
+    assert error_of(tree) == f"{tree / 'id2' / 'prompt1.txt'}: {text}; remove one"
+
+
 def test_a_folder_without_prompts_is_named_with_what_it_holds(tree: Path) -> None:
     write(tree / "zoe" / "image.png", photo())
     assert f"{tree / 'zoe'}: no prompts: found image.png, expected prompt1.txt" in error_of(tree)
@@ -327,6 +399,28 @@ def test_a_missing_image_names_file_and_line(table: Path) -> None:
     assert f"{path}, line 2 (entry 1): image {table / 'images' / 'c.png'} missing" in error_of(path)
 
 
+def test_a_further_photo_in_jsonl_is_checked_as_the_main_one_is(table: Path) -> None:
+    outside = write(table.parent / f"{table.name}-outside.png", photo())
+    write(table / "text.png", "no photo at all")
+    for image, found in (
+        ("images/c.png", f"image {table / 'images' / 'c.png'} missing: no such file"),
+        (f"../{outside.name}", f"image '../{outside.name}' leads out of the test set to {outside}"),
+        ("text.png", f"image {table / 'text.png'} starts with b'no photo at ', expected the content of"),
+        ("", "image '' is no path"),
+        ("images/b.webp", f"image {table / 'images' / 'b.webp'} has the same content as {table / 'images' / 'b.webp'}"),
+        ("images/../images/b.webp", f"image {table}/images/../images/b.webp has the same content as"),
+    ):
+        row = {"identity": "a", "prompt": "walks", "image": ["images/b.webp", "images/a.png", image]}
+        path = write_jsonl(table, {"identity": "b", "prompt": "walks", "image": "images/a.png"}, row)
+        assert error_of(path).startswith(f"{path}, line 2: {found}")
+
+
+def test_two_identities_may_share_a_photo(table: Path) -> None:
+    rows = [{"identity": one, "prompt": "walks", "image": ["images/a.png", "images/b.webp"]} for one in "ab"]
+    first, second = read_testset(write_jsonl(table, *rows))
+    assert first.photos == second.photos
+
+
 @pytest.mark.parametrize("image", ["images", "x" * 300, "", "a\0b"])
 def test_an_image_path_that_is_no_file_is_an_error_with_its_line(table: Path, image: str) -> None:
     path = write_jsonl(table, {"identity": "a", "prompt": "walks", "image": image})
@@ -370,6 +464,17 @@ def test_a_test_set_reached_through_a_link_keeps_the_link_in_its_paths(table: Pa
         ({"identity": "a", "prompt": "x"}, "column 'image' missing; found: identity, prompt"),
         ({"identity": "a", "prompt_id": 1, "prompt": "x", "image": "i"}, "prompt_id is 1 (int), expected text"),
         ({"identity": None, "prompt": "x", "image": "i"}, "identity is None (NoneType), expected text"),
+        (
+            {"identity": "a", "prompt": "x", "image": []},
+            "image is an empty list, expected text in quotes or a list of at least",
+        ),
+        (
+            {"identity": "a", "prompt": "x", "image": ["images/a.png", 7]},
+            "image is a list with 7 (int), expected text in quotes",
+        ),
+        ({"identity": "a", "prompt": "x", "image": [["i"]]}, "image is a list with ['i'] (list), expected text in quotes"),
+        ({"identity": "a", "prompt": "x", "image": 7}, "image is 7 (int), expected text in quotes"),
+        ({"identity": "a", "prompt": ["x"], "image": ["i"]}, "prompt is ['x'] (list), expected text in quotes"),
         (["a", "x", "i"], "found a list, expected an object with identity, prompt_id, prompt, image"),
         ({"identity": "a", "prompt": "one\0two", "image": "images/a.png"}, "prompt holds a NUL character at 3"),
         ({"identity": "a", "prompt": " \t", "image": "images/a.png"}, "prompt is empty"),

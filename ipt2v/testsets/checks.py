@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ipt2v.manifest import natural_key
-from ipt2v.records import Item
+from ipt2v.records import Item, Photo
 
 MAX_NAME_CHARS = 100
 MAX_NAME_BYTES = 200  # names become file names: 255 bytes on ext4, XFS and Lustre, less what we append
@@ -33,6 +33,7 @@ class Entry:
     prompt: str
     image: Path  # absolute
     place: str  # file, and line where the format has lines
+    more_images: tuple[Path, ...] = ()  # absolute; further photos of the identity
 
 
 def problem(place: str | Path, text: str) -> ValueError:
@@ -189,9 +190,7 @@ def checked_items(entries: Iterable[Entry]) -> list[Item]:
         check_name("identity", entry.identity, entry.place)
         check_name("prompt_id", entry.prompt_id, entry.place)
         check_prompt(entry.prompt, entry.place)
-        if entry.image not in digests:
-            digests[entry.image] = image_sha256(entry.image, entry.place)
-        item = _item(entry, digests[entry.image])
+        item = _item(entry, _photos(entry, digests))
         if item.key in places:
             raise problem(entry.place, f"duplicate key {item.key!r}, first seen at {places[item.key]}; remove or rename one")
         places[item.key] = entry.place
@@ -199,14 +198,28 @@ def checked_items(entries: Iterable[Entry]) -> list[Item]:
     return items
 
 
-def _item(entry: Entry, reference_sha256: str) -> Item:
-    reference = os.fspath(entry.image)
-    if not is_text(reference):
-        raise problem(entry.place, f"image {reference!r}: the path is not UTF-8; rename the folder or the file")
+def _photos(entry: Entry, digests: dict[Path, str]) -> tuple[Photo, ...]:
+    """The entry's photos, the main one first; `digests` holds those of all photos that were read, and grows."""
+    photos: dict[str, Photo] = {}
+    for image in (entry.image, *entry.more_images):
+        if image not in digests:
+            digests[image] = image_sha256(image, entry.place)
+        path, sha256 = os.fspath(image), digests[image]
+        if not is_text(path):
+            raise problem(entry.place, f"image {path!r}: the path is not UTF-8; rename the folder or the file")
+        if sha256 in photos:  # it would count twice in the average over the photos
+            same = f"image {path} has the same content as {photos[sha256].path}"
+            raise problem(entry.place, f"{same}, expected different photos of the person; remove one")
+        photos[sha256] = Photo(path=path, sha256=sha256)
+    return tuple(photos.values())
+
+
+def _item(entry: Entry, photos: tuple[Photo, ...]) -> Item:
     return Item(
         identity=entry.identity,
         prompt_id=entry.prompt_id,
         prompt=entry.prompt,
-        reference=reference,
-        reference_sha256=reference_sha256,
+        reference=photos[0].path,
+        reference_sha256=photos[0].sha256,
+        more_photos=photos[1:],
     )

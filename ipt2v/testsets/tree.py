@@ -1,5 +1,6 @@
 """Reads the layout of the 2025 challenge: one folder an identity, in it image.* and prompt1.txt, prompt2.txt...
 
+What the challenge does not have: further photos of the identity beside image.*, named image2.*, image3.*...
 Knows nothing of the other formats.
 """
 
@@ -13,6 +14,7 @@ from ipt2v.manifest import natural_key
 from ipt2v.testsets.checks import Entry, anchored, listing, problem, read_utf8
 
 IMAGE_NAME = re.compile(r"image\.(png|webp|jpg|jpeg)", re.IGNORECASE)
+MORE_IMAGE_NAME = re.compile(r"image[0-9]+\.(png|webp|jpg|jpeg)", re.IGNORECASE)
 PROMPT_NAME = re.compile(r"prompt[0-9]+\.txt")
 
 
@@ -22,7 +24,7 @@ def read_tree(path: Path) -> Iterator[Entry]:
     if not root.is_dir():
         raise problem(root, "no such folder; a tree is a folder that holds one folder an identity")
     for folder in identity_folders(root):
-        image, prompt_files = _image(folder), _prompt_files(folder)
+        image, more_images, prompt_files = _image(folder), _more_images(folder), _prompt_files(folder)
         for prompt_file in prompt_files:
             yield Entry(
                 identity=folder.name,
@@ -30,6 +32,7 @@ def read_tree(path: Path) -> Iterator[Entry]:
                 prompt=read_utf8(prompt_file).strip(),
                 image=image,
                 place=str(prompt_file),
+                more_images=more_images,
             )
 
 
@@ -52,6 +55,23 @@ def _image(folder: Path) -> Path:
         names = ", ".join(image.name for image in images)
         raise problem(folder, f"{len(images)} images found ({names}), expected one; remove the others")
     return images[0]
+
+
+def _more_images(folder: Path) -> tuple[Path, ...]:
+    """image2.*, image3.*... by their numbers, of which some may be left out."""
+    by_number: dict[int, Path] = {}
+    # not _matching: a link that leads nowhere is to be an error, not one photo less
+    for image in sorted(path for path in folder.iterdir() if MORE_IMAGE_NAME.fullmatch(path.name)):
+        number = int(image.stem[len("image") :])
+        if number < 2:
+            raise problem(folder, f"{image.name} found beside image.*; further photos count from image2.* on; rename it")
+        if number in by_number:
+            names = f"{by_number[number].name}, {image.name}"
+            raise problem(
+                folder, f"2 images with the number {number} found ({names}), expected one; remove or rename the other"
+            )
+        by_number[number] = image
+    return tuple(by_number[number] for number in sorted(by_number))
 
 
 def _prompt_files(folder: Path) -> list[Path]:
