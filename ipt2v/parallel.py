@@ -1,4 +1,4 @@
-"""The ranks that work on one element: who they are, their device, their group. Knows torch's environment, no scheduler."""
+"""The ranks that work on one element: who they are, their device, their groups. Knows torch's environment, no scheduler."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from ipt2v.xdit import Subgroups
 
 T = TypeVar("T")
 
@@ -23,12 +23,12 @@ COLLECTIVE_TIMEOUT_MINUTES = 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """The ranks of this element, as seen from one of them."""
+    """The ranks of this element, as seen from one of them. They are numbered node by node."""
 
     rank: int
     world_size: int
+    num_nodes: int
     device: torch.device
-    ulysses: ProcessGroup | None  # None with one rank
 
     @property
     def is_first(self) -> bool:
@@ -42,34 +42,75 @@ class Group:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, in the order of the ranks, on every rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def meet(self) -> None:
+        """Return when every rank is here.
+
+        Before the first collective of subgroups, if ranks may come to it minutes apart: theirs time out after NCCL's ten.
+        """
+        if self.world_size > 1:
+            dist.barrier()
+
+    def split(self, *, cfg: int, ulysses: int, ring: int) -> Subgroups:
+        """Subgroups for a split of these ranks, made anew on each call; to be called by all, and not by one rank alone."""
+        from ipt2v import xdit
+
+        backend = dist.get_backend()
+        return xdit.start(cfg=cfg, ulysses=ulysses, ring=ring, device_index=self.device.index or 0, backend=backend)
+
 
 @contextmanager
 def group_from_environment(*, max_ranks: int | None = None) -> Iterator[Group]:
-    """The group that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe; without them, one rank alone.
+    """The group that RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and MASTER_* describe; without them, one rank alone.
 
-    Enter once in a process (xDiT's groups are globals). Raises ValueError if there are more ranks than `max_ranks`.
+    Raises ValueError if there are more ranks than `max_ranks`, or if they are not numbered node by node.
     """
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in _VARIABLES)
     if max_ranks is not None and world_size > max_ranks:
         raise ValueError(
             f"WORLD_SIZE: found {world_size} ranks, expected at most {max_ranks} for this stage; start fewer tasks per element"
         )
-    device = _device(local_rank)
+    num_nodes = count_nodes(rank, world_size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    group = Group(rank=rank, world_size=world_size, num_nodes=num_nodes, device=_device(local_rank))
     if world_size == 1:
-        yield Group(rank=0, world_size=1, device=device, ulysses=None)
+        yield group
         return
     from ipt2v import xdit
 
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if group.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES))
     try:
-        ulysses = xdit.start_ulysses(rank=rank, world_size=world_size, device_index=device.index or 0, backend=backend)
-        yield Group(rank=rank, world_size=world_size, device=device, ulysses=ulysses)
+        yield group
     finally:
         xdit.stop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 _VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+
+
+def count_nodes(rank: int, world_size: int, local_rank: int, local_world_size: int) -> int:
+    """Number of nodes, of `local_world_size` ranks each. Raises ValueError if it is not whole, or the rank is out of place."""
+    if local_world_size < 1 or world_size % local_world_size:
+        raise ValueError(
+            f"LOCAL_WORLD_SIZE: found {local_world_size} of {world_size} ranks on this node, expected the same number on "
+            "every node; start as many tasks on each"
+        )
+    num_nodes = world_size // local_world_size
+    # On one node nobody has to be a neighbour; and who starts ranks by hand may count them as he likes.
+    if num_nodes > 1 and local_rank != rank % local_world_size:
+        raise ValueError(
+            f"RANK: found {rank} with LOCAL_RANK {local_rank} of {local_world_size} on its node, expected ranks numbered node "
+            "by node, so that neighbours share one; with srun: --distribution=block"
+        )
+    return num_nodes
 
 
 def _device(local_rank: int) -> torch.device:

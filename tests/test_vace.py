@@ -8,17 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanVACEPipeline
+from diffusers import AutoencoderKLWan, DPMSolverMultistepScheduler, UniPCMultistepScheduler, WanVACEPipeline
 
 from ipt2v.config import VideoConfig
 from ipt2v.models.umt5 import load_text_encoder, padded
 from ipt2v.models.vace.condition import condition, encode, first_frame_video, fit, fold_mask
-from ipt2v.models.vace.load import Animator, draw_noise, load_animator
+from ipt2v.models.vace.degrees import Degrees
+from ipt2v.models.vace.denoise import Guidance, denoise, guided_velocity
+from ipt2v.models.vace.load import Animator, draw_noise, load_animator, load_scheduler, load_transformer
 from ipt2v.parallel import Group, group_from_environment
 from ipt2v.records import FirstFrame
 
@@ -79,6 +81,7 @@ def first_frames(toy_weights: Path) -> FirstFrames:
             spatial_prompt="a beach",
             temporal_prompt=temporal,
             image_HWC=picture(config.width, config.height) if image_HWC is None else image_HWC,
+            reference_HWC=picture(config.width, config.height),
             similarity=None,
             attempts=(),
             notes=(),
@@ -189,6 +192,57 @@ def test_other_sizes_models_and_dtypes_equal_the_pipelines_bit_for_bit(
         pipelines(config), config, first_frame.image_HWC, output_type="latent", **embeddings(config, first_frame)
     )
     assert_same_bits(latents_CTHW, expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"flow_shift": 5.0, "num_inference_steps": 6}, {"guidance_scale": 1.0}])
+def test_latents_of_dpm_solver_equal_the_pipelines_bit_for_bit(
+    toy_weights: Path, pipelines, first_frames: FirstFrames, one_rank: Group, changes: dict[str, Any]
+) -> None:
+    config, folder = settings("64x48x9", **changes), toy_weights / MODEL
+    first_frame, pipeline = first_frames(config), pipelines(config)
+    texts = embeddings(config, first_frame)
+
+    transformer, _ = load_transformer(folder, torch.float32, one_rank, Degrees())
+    with torch.inference_mode():
+        empty = encode(pipeline.vae, torch.zeros(1, 3, 9, 48, 64))
+        guidance = Guidance(
+            positive_BLD=texts["prompt_embeds"],
+            negative_BLD=texts["negative_prompt_embeds"],
+            condition_BCthw=condition(pipeline.vae, first_frame.image_HWC, num_frames=9, empty_latents=empty),
+            conditioning_scale=config.conditioning_scale,
+            guidance_scale=config.guidance_scale,
+        )
+    scheduler = load_scheduler(folder, "dpm++", config.flow_shift)
+    noise_BCthw, steps = draw_noise(config, 16, SEED), list[tuple[int, int]]()
+    latents_BCthw = denoise(
+        guided_velocity(transformer, guidance),
+        scheduler,
+        noise_BCthw,
+        config.num_inference_steps,
+        lambda step_index, num_steps, _: steps.append((step_index, num_steps)),
+    )
+
+    unipc = by_pipeline(pipeline, config, first_frame.image_HWC, output_type="latent", **texts)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+        pipeline.scheduler.config, use_flow_sigmas=True, prediction_type="flow_prediction"
+    )
+    expected = by_pipeline(pipeline, config, first_frame.image_HWC, output_type="latent", **texts)
+    assert_same_bits(latents_BCthw[0].numpy(), expected)
+    assert np.abs(expected - unipc).max() > 1e-3
+    assert steps == [(index, config.num_inference_steps) for index in range(config.num_inference_steps)]
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpm++"])
+def test_the_flow_shift_reaches_the_timesteps_of_each_scheduler(toy_weights: Path, name: Literal["unipc", "dpm++"]) -> None:
+    schedulers = [load_scheduler(toy_weights / MODEL, name, flow_shift) for flow_shift in (3.0, 5.0)]
+    for scheduler in schedulers:
+        scheduler.set_timesteps(10)
+    lower, higher = (scheduler.timesteps for scheduler in schedulers)
+    assert len(lower) == len(higher) == 10 and (higher[1:] > lower[1:]).all()
+    # s t / (1 + (s - 1) t), the shift of a flow's noise levels (arXiv 2403.03206, section 5.3.2)
+    sigmas = schedulers[1].sigmas[:-1].double()
+    unshifted = sigmas / (5.0 - 4.0 * sigmas)
+    torch.testing.assert_close(unshifted.diff(), unshifted.diff().mean().expand(9), atol=1e-5, rtol=0)
 
 
 def test_frames_equal_the_pipelines_from_prompts_to_pixels(pipelines, animators, first_frames: FirstFrames) -> None:
