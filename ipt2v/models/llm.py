@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,22 +20,23 @@ from transformers import (
 )
 
 from ipt2v.config import DecoupleConfig
+from ipt2v.models.tensor_parallel import check_slices, own_slice
+from ipt2v.parallel import Group
 from ipt2v.records import Answer, item_seed
+
+Generate = Callable[[Sequence[str]], list[Answer]]
 
 
 def load_generator(
-    folder: Path, settings: DecoupleConfig, *, base_seed: int, device: torch.device
-) -> Callable[[Sequence[str]], list[Answer]]:
-    """generate(user messages) -> the model's answers, thinking off; each sampled from a seed of its own message."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype)).eval().to(device)
-    # In place of the checkpoint's own generation_config.json (Qwen3: temperature 0.6, top_k 20), which so has no say.
-    model.generation_config = GenerationConfig(
-        do_sample=False,  # the sampling is done by seeded_sampling, below
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_id=model.generation_config.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    folder: Path, settings: DecoupleConfig, *, base_seed: int, device: torch.device, num_ranks: int = 1
+) -> Generate:
+    """generate(user messages) -> the model's answers, thinking off; each sampled from a seed of its own message.
+
+    With several ranks each holds a slice of the model, for GPUs that cannot hold it whole. All of them load it, and then call
+    generate with the same messages in the same order (`lead`, `follow`); all get the same answers. In half precision these
+    may differ from one rank's, as sums are rounded slice by slice. Raises ValueError if the model cannot be cut so.
+    """
+    tokenizer, model = _load(folder, settings, device, num_ranks)
     end_tokens = torch.tensor(model.generation_config.eos_token_id, device=device)  # one, or a list
 
     @torch.inference_mode()
@@ -48,6 +51,8 @@ def load_generator(
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
         seeds = [item_seed(base_seed, message, "decouple") for message in messages]
         sampling = seeded_sampling(settings.temperature, settings.top_p, seeds)
+        if num_ranks > 1:
+            sampling.append(_ChoiceOfRank0())
         output = model.generate(**inputs, logits_processor=sampling)
         tokens = output[:, inputs["input_ids"].shape[1] :]
         finished = torch.isin(tokens, end_tokens).any(dim=1).tolist()
@@ -59,6 +64,56 @@ def load_generator(
         return [answer for i in range(0, len(messages), size) for answer in generate_batch(messages[i : i + size])]
 
     return generate
+
+
+def _load(folder: Path, settings: DecoupleConfig, device: torch.device, num_ranks: int) -> tuple[Any, Any]:
+    """(tokenizer, model on `device`, or this rank's slice of it)."""
+    if num_ranks > 1:
+        check_slices(folder, num_ranks)  # before minutes of loading
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype)).eval()
+    model = model.to(device) if num_ranks == 1 else own_slice(model, device)
+    # In place of the checkpoint's own generation_config.json (Qwen3: temperature 0.6, top_k 20), which so has no say.
+    model.generation_config = GenerationConfig(
+        do_sample=False,  # the sampling is done by seeded_sampling, below
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer, model
+
+
+@contextmanager
+def lead(generate: Generate, group: Group) -> Iterator[Generate]:
+    """`generate` for rank 0, which alone knows what is to be asked; each batch is asked on all ranks of the group.
+
+    The others are in `follow` with their own `generate`, until this context ends. They wait for one batch after another as
+    long as a collective may take (COLLECTIVE_TIMEOUT_MINUTES).
+    """
+    followers_listen = True
+
+    def ask(messages: Sequence[str]) -> list[Answer]:
+        nonlocal followers_listen
+        if not messages:
+            return []
+        group.from_first(list(messages))
+        followers_listen = False
+        answers = generate(messages)
+        followers_listen = True
+        return answers
+
+    try:
+        yield ask
+    finally:
+        # After a failure inside of generate they are inside of it too: they would not hear it, and sending could hang us.
+        if followers_listen:
+            group.from_first(list[str]())
+
+
+def follow(generate: Generate, group: Group) -> None:
+    """Answer, on another rank than 0, whatever rank 0's `lead` asks, until there is nothing more."""
+    while messages := group.from_first(list[str]()):
+        generate(messages)
 
 
 def seeded_sampling(temperature: float, top_p: float, seeds: Sequence[int]) -> LogitsProcessorList:
@@ -81,3 +136,15 @@ class _GumbelNoise(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=one).log_().neg_() for one in self.generators])
         return scores.float() + noise.to(scores.device)  # type: ignore[return-value]
+
+
+class _ChoiceOfRank0(LogitsProcessor):
+    """Leaves each rank the token that rank 0 would choose: one that chose another would fall out of step, and all would hang.
+
+    The ranks' scores are sums over all ranks, so they should be equal; but that is a promise of no backend.
+    """
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        choice_B1 = scores.argmax(dim=-1, keepdim=True)
+        dist.broadcast(choice_B1, src=0)
+        return torch.full_like(scores, -torch.inf).scatter(1, choice_B1, 0.0)  # type: ignore[return-value]
