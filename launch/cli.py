@@ -42,6 +42,7 @@ PlaceOption = Annotated[Place, typer.Option("--on", help="this process, processe
 ClusterOption = Annotated[Path | None, typer.Option("--cluster", help="where to run, a YAML file of configs/cluster/")]
 ShardsOption = Annotated[int | None, typer.Option("--shards", min=1, help="array elements of each stage")]
 WeightsOption = Annotated[Path | None, typer.Option("--weights", help="folder of weights, over the cluster file's")]
+WeightsFolderOption = Annotated[Path, typer.Option("--weights", metavar="DIR", help="folder of weights")]
 RunsOption = Annotated[Path | None, typer.Option("--runs", help="folder of run folders, over the cluster file's")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 
@@ -186,29 +187,55 @@ def package(
     raise typer.Exit(1 if written.missing else 0)
 
 
-@weights_app.command("list")
-def weights_list() -> None:
-    """Print every folder of weights that we know: where it is published, and under which licence."""
-    from ipt2v.models.catalogue import SOURCES
+@weights_app.command(
+    "list",
+    epilog="Examples: ipt2v weights list;  ipt2v weights list configs/vace_14b_480p.yaml hyperlora.enabled=false --files",
+)
+def weights_list(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="only what this run reads")] = None,
+    overrides: OverridesArgument = None,
+    files: Annotated[bool, typer.Option("--files", help="every file that is known of, with size and sha256")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs; with all files")] = False,
+) -> None:
+    """Print every folder of weights that we know: what reads it, its size, where it is published, under which licence."""
+    from ipt2v.config import RunConfig, load_settings
+    from launch.weights import dump_rows, print_rows, rows
 
-    for source in SOURCES:
-        print(f"{source.folder:<28} {source.url:<52} {source.licence}")
+    listed = rows(load_settings(RunConfig, config, tuple(overrides or ())) if config else None)
+    if as_json:
+        print(dump_rows(listed))
+    else:
+        print_rows(listed, files=files)
+
+
+@weights_app.command(
+    "fetch",
+    epilog="Examples: ipt2v weights fetch configs/vace_14b_480p.yaml --weights /shared/weights;  ipt2v weights fetch Qwen3-8B. "
+    "Then: ipt2v weights check CONFIG --weights /shared/weights --hash",
+)
+def weights_fetch(
+    what: Annotated[list[str], typer.Argument(metavar="CONFIG|FOLDER...", help="all of a run (KEY=VALUE on top), or folders")],
+    weights: WeightsFolderOption = Path("weights"),
+) -> None:
+    """Fetch published weights; needs network, so on a login node. What is there and whole is not fetched again."""
+    from ipt2v.models.fetch import fetch
+    from launch.weights import wanted_folders
+
+    fetch(wanted_folders(what), weights)
 
 
 @weights_app.command("check", epilog="Example: ipt2v weights check configs/vace_14b_480p.yaml --weights /shared/weights")
 def weights_check(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
-    weights: Annotated[Path, typer.Option("--weights", help="folder of weights")] = Path("weights"),
+    weights: WeightsFolderOption = Path("weights"),
+    hashes: Annotated[bool, typer.Option("--hash", help="read every file: minutes for 100 GB")] = False,
 ) -> None:
-    """Say whether every file that a run loads is there; plan and submit do so too."""
+    """Say what is missing or damaged of the files that a run loads; exit code 1 if anything is. plan and submit do so too."""
     from ipt2v.config import RunConfig, load_settings
-    from ipt2v.models.catalogue import check_weights, folders
+    from launch.weights import check
 
-    settings = load_settings(RunConfig, config, tuple(overrides or ()))
-    check_weights(weights, settings)
-    for role, folder in folders(settings).items():
-        print(f"{role:<12} {weights / folder}")
+    raise typer.Exit(check(weights, load_settings(RunConfig, config, tuple(overrides or ())), hashes=hashes))
 
 
 @weights_app.command("toy")
@@ -279,14 +306,20 @@ def _prepare(
 def _todo(prepared: Prepared, site: Cluster, on: Place) -> tuple[Submission, ...]:
     """What to submit. Raises ValueError if the split of ranks is illegal."""
     from ipt2v.models.catalogue import num_attention_heads
-    from ipt2v.models.vace.degrees import check_degree
+    from ipt2v.models.vace.degrees import degrees
     from launch.plan import plan_submissions
     from launch.progress import ranges
     from launch.queue import live_elements
 
     if on != Place.here:
-        num_heads = num_attention_heads(Path(prepared.environment.weights_dir), prepared.config)
-        check_degree(site.video.num_tasks, num_heads, model=prepared.config.video.model)
+        weights_dir = Path(prepared.environment.weights_dir)
+        if site.first_frame.num_tasks > 1:
+            from ipt2v.models.tensor_parallel import check_slices
+
+            check_slices(weights_dir / prepared.config.decouple.model, site.first_frame.num_tasks)
+        num_heads = num_attention_heads(weights_dir, prepared.config)
+        guided = prepared.config.video.guidance_scale > 1
+        degrees(site.video.num_tasks, site.video.nodes, num_heads, guided=guided)
     busy = {shard for _, shard in live_elements(prepared.run)}
     if busy:
         print(f"shards {ranges(tuple(sorted(busy)))} are waiting or running already; left alone")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ipt2v.config import RunConfig, load_settings
 from ipt2v.models.catalogue import folders, needed_files
+from ipt2v.models.weight_files import Record, write_record
 from ipt2v.records import Attempt, FirstFrame, Item, Provenance, TextEmbedding, VideoLatents
 from ipt2v.run_dir import RunDir
 from launch.freeze import freeze, prepare
@@ -38,10 +39,13 @@ def demo_config(testset: Path, *overrides: str) -> RunConfig:
 
 def write_fake_weights(folder: Path, num_heads: int = NUM_HEADS) -> Path:
     """Every file that a run of configs/demo.yaml needs, with nothing in it that a model could load."""
-    for role, name in folders(demo_config(folder)).items():
-        for path in needed_files(role, folder / name):
+    config = demo_config(folder)
+    for role, name in folders(config).items():
+        for path in needed_files(role, folder / name, config):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps({"num_attention_heads": num_heads, "of": f"{role} {path.name}"}), encoding="utf-8")
+        fakes = [path.relative_to(folder / name).as_posix() for path in needed_files(role, folder / name, config)]
+        write_record(folder / name, Record(files=dict.fromkeys(fakes)))  # they are neither as published nor tensors
     return folder
 
 
@@ -80,6 +84,7 @@ def first_frame(
         spatial_prompt=spatial_prompt,
         temporal_prompt=f"She walks as {key}.",
         image_HWC=random.integers(0, 256, (64, 96, 3), dtype=np.uint8),
+        reference_HWC=random.integers(0, 256, (20, 30, 3), dtype=np.uint8),
         similarity=similarity,
         attempts=(Attempt(seed=7, similarity=None), Attempt(seed=8, similarity=0.25)),
         notes=("temporal prompt: the answer is empty",),

@@ -32,6 +32,7 @@ COMMANDS = [
     "package",
     "weights",
     "weights list",
+    "weights fetch",
     "weights check",
     "weights toy",
     "demo",
@@ -167,20 +168,6 @@ def test_a_missing_weights_file_is_named_with_its_source(ipt2v: Call, place: Pat
     missing.unlink()
     line = refusal(ipt2v(*plan_words(place)))
     assert line.startswith(f"video.model: weights file {missing} is missing; it comes from huggingface.co/Wan-AI/")
-
-
-def test_weights_are_listed_with_source_and_licence(ipt2v: Call) -> None:
-    rows = {line.split()[0]: line for line in lines(ipt2v("weights", "list").out)}
-    assert "huggingface.co/Qwen/Qwen3-8B" in rows["Qwen3-8B"] and "Apache-2.0" in rows["Qwen3-8B"]
-    assert "non-commercial" in rows["antelopev2"]
-
-
-def test_weights_are_checked_by_hand_as_before_a_run(ipt2v: Call, place: Path) -> None:
-    words = ("weights", "check", CONFIG, "--weights", str(place / "weights"))
-    assert str(place / "weights" / "Qwen3-8B") in ipt2v(*words).out
-    missing = place / "weights" / "antelopev2" / "genderage.onnx"
-    missing.unlink()
-    assert f"faces.model: weights file {missing} is missing" in refusal(ipt2v(*words))
 
 
 @pytest.mark.parametrize("on", ["slurm", "local"])

@@ -1,50 +1,29 @@
-"""Which folders of published weights a run reads, what is in them, where they come from. Opens no tensor, imports no torch."""
+"""Which folders of published weights a run reads, what is in them, whether it is whole. Opens no tensor, imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ipt2v.config import RunConfig
 from ipt2v.models.faces import PACK_FILES, pack_folder
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """Where a folder of weights is published."""
-
-    folder: str
-    url: str
-    licence: str
-    fetch: str  # what a user does to have it at {path}
-
-
-def _hugging_face(folder: str, repository: str, licence: str) -> Source:
-    fetch = f"`hf download {repository} --local-dir {{path}}`"
-    return Source(folder=folder, url=f"huggingface.co/{repository}", licence=licence, fetch=fetch)
-
-
-SOURCES = (
-    Source(
-        folder="antelopev2",
-        url="github.com/deepinsight/insightface, model_zoo",
-        licence="for non-commercial research only",
-        fetch="unpack antelopev2.zip to {path}",
-    ),
-    _hugging_face("Qwen3-8B", "Qwen/Qwen3-8B", "Apache-2.0"),
-    _hugging_face("RealVisXL_V4.0", "SG161222/RealVisXL_V4.0", "OpenRAIL++-M"),
-    _hugging_face("Wan2.1-VACE-14B-diffusers", "Wan-AI/Wan2.1-VACE-14B-diffusers", "Apache-2.0"),
-    _hugging_face("Wan2.1-VACE-1.3B-diffusers", "Wan-AI/Wan2.1-VACE-1.3B-diffusers", "Apache-2.0"),
-)
+from ipt2v.models.hyperlora.layout import hyperlora_files
+from ipt2v.models.sources import where_from
+from ipt2v.models.toy import TOY_MARK
+from ipt2v.models.weight_files import Expected, Tick, expected_files, problem_of, read_record
 
 _DIFFUSION, _TRANSFORMERS = "diffusion_pytorch_model", "model"  # stems that the two libraries save tensors under
 # role -> (files, (folder, stem) of tensors); every folder of tensors has a config.json too
 _NEEDS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]] = {
     "decouple": (("tokenizer_config.json",), ((".", _TRANSFORMERS),)),
     "first_frame": (
-        ("model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer_2/vocab.json"),
+        (
+            *("model_index.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"),
+            *("tokenizer_2/vocab.json", "tokenizer_2/merges.txt"),
+        ),
         (
             ("unet", _DIFFUSION),
             ("vae", _DIFFUSION),
@@ -57,6 +36,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]] = {
         (("transformer", _DIFFUSION), ("vae", _DIFFUSION), ("text_encoder", _TRANSFORMERS)),
     ),
 }
+_TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # settings and tokenizers
 
 
 def folders(config: RunConfig) -> dict[str, str]:
@@ -64,42 +44,120 @@ def folders(config: RunConfig) -> dict[str, str]:
     return {
         "faces": config.faces.model,
         "decouple": config.decouple.model,
+        **({"cutout": config.cutout.model} if config.cutout.enabled else {}),
+        **({"hyperlora": config.hyperlora.model} if config.hyperlora.enabled else {}),
         "first_frame": config.first_frame.model,
         "video": config.video.model,
     }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What is wrong with a file of a folder of weights."""
+
+    folder: str
+    is_missing: bool  # rather than damaged
+    text: str  # names role and file
+
+
 def check_weights(weights_dir: Path, config: RunConfig) -> None:
-    """Raise ValueError, naming the first missing file and where it comes from, unless every file to be loaded is there."""
+    """Raise ValueError, naming the first file that is missing or damaged and where it comes from, unless all seem whole.
+
+    Cheap: sizes and headers, nothing is hashed.
+    """
+    if problems := find_problems(weights_dir, config):
+        # one that is missing first: while a folder is being copied some of its files are not whole either
+        first = next((problem for problem in problems if problem.is_missing), problems[0])
+        more = f" ({len(problems) - 1} more: `ipt2v weights check` lists them)" if problems[1:] else ""
+        raise ValueError(f"{first.text}; {where_from(first.folder, weights_dir)}{more}")
+
+
+def find_problems(weights_dir: Path, config: RunConfig, tick: Tick | None = None) -> list[Problem]:
+    """All that is wrong with the files that the run loads; what is recorded of their hashes too if there is a `tick`."""
+    problems = []
     for role, folder in folders(config).items():
-        missing = next((file for file in needed_files(role, weights_dir / folder) if not file.is_file()), None)
-        if missing is not None:
-            raise ValueError(f"{role}.model: weights file {missing} is missing; {_where_from(folder, weights_dir)}")
+        try:
+            files = files_to_check(role, weights_dir / folder, config)
+        except ValueError as error:  # a list of the folder's files is damaged, so they cannot be told
+            problems.append(Problem(folder=folder, is_missing=False, text=f"{role}.model: {error}"))
+            continue
+        for path, expected in files:
+            if problem := problem_of(path, expected, tick):
+                text = f"{role}.model: weights file {path} {problem}"
+                problems.append(Problem(folder=folder, is_missing=not path.is_file(), text=text))
+    return problems
+
+
+def files_to_check(role: str, folder: Path, config: RunConfig) -> list[tuple[Path, Expected | None]]:
+    """What `role` loads from `folder`, and what is known of each file; None of toys, which are like no published file."""
+    needed = needed_files(role, folder, config)
+    if is_toy(folder):
+        return [(path, None) for path in needed]
+    expected = expected_files(folder)
+    top = pack_folder(folder) if role == "faces" else folder
+    fetched = [top / name for name in read_record(folder).files if loads(role, name, config)]
+    return [(path, expected.get(path.relative_to(top).as_posix(), Expected())) for path in dict.fromkeys([*needed, *fetched])]
+
+
+def is_toy(folder: Path) -> bool:
+    return (folder / TOY_MARK).is_file()
 
 
 def fingerprints(weights_dir: Path, config: RunConfig) -> dict[str, str]:
     """Folder name -> fingerprint, for every folder that the run reads."""
     return {
-        folder: fingerprint(needed_files(role, weights_dir / folder), weights_dir / folder)
+        folder: fingerprint(needed_files(role, weights_dir / folder, config), weights_dir / folder)
         for role, folder in sorted(folders(config).items())
     }
 
 
-def needed_files(role: str, folder: Path) -> list[Path]:
+def needed_files(role: str, folder: Path, config: RunConfig) -> list[Path]:
     """Every file that `role` loads from `folder`, shards of tensors included; some may not exist."""
     if role == "faces":
         return face_files(folder)
+    if role == "cutout":
+        return [folder / config.cutout.file]
+    if role == "hyperlora":
+        return [folder / name for name in hyperlora_files(config.hyperlora.variant)]
     files, tensors = _NEEDS[role]
     needed = [folder / name for name in files]
     for subfolder, stem in tensors:
         needed.append(folder / subfolder / "config.json")
         index = folder / subfolder / f"{stem}.safetensors.index.json"
         if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            needed += [index, *(folder / subfolder / name for name in sorted(names))]
+            needed += [index, *(folder / subfolder / name for name in _shards(index))]
+        elif any(index.parent.glob(f"{stem}-*-of-*.safetensors")):
+            needed.append(index)
         else:
             needed.append(folder / subfolder / f"{stem}.safetensors")
     return needed
+
+
+def loads(role: str, path: str, config: RunConfig) -> bool:
+    """Whether `role` loads the file of this path below its folder; repositories hold several forms of the same tensors."""
+    name, folder = PurePosixPath(path).name, str(PurePosixPath(path).parent)
+    if role == "faces":
+        return folder == "." and name.endswith(".onnx")
+    if role == "cutout":
+        return path == config.cutout.file
+    if role == "hyperlora":
+        return path in hyperlora_files(config.hyperlora.variant)
+    files, tensors = _NEEDS[role]
+    for subfolder, stem in tensors:
+        # not model.fp16.safetensors, pytorch_model.bin or a single file of the whole pipeline
+        if folder == subfolder and re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.safetensors|{stem}\.safetensors\.index\.json", name):
+            return True
+    texts = {str(PurePosixPath(file).parent) for file in files} | {subfolder for subfolder, _ in tensors}
+    return folder in texts and name.endswith(_TEXT_SUFFIXES) and not name.endswith(".index.json")
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index of tensors names."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"is no index of tensors ({type(error).__name__}: {error}); delete it and fetch it again"
+        raise ValueError(f"weights file {index} {problem}") from None
 
 
 def num_attention_heads(weights_dir: Path, config: RunConfig) -> int:
@@ -112,7 +170,7 @@ EDGE_BYTES = 1 << 20
 
 
 def fingerprint(files: list[Path], folder: Path) -> str:
-    """32 hex digits over the files' names, sizes, first and last MiB: all of a small file, seconds for 35 GB of tensors."""
+    """32 hex digits over the files' names, sizes, first and last MiB: all of a small file, seconds for 75 GB of tensors."""
     digest = hashlib.sha256()
     for path in sorted(files):
         size = path.stat().st_size
@@ -129,12 +187,3 @@ def face_files(pack: Path) -> list[Path]:
     folder = pack_folder(pack)
     found = ([folder / name for name in names if (folder / name).is_file()] for names in PACK_FILES.values())
     return [present[0] if present else folder / names[0] for present, names in zip(found, PACK_FILES.values(), strict=True)]
-
-
-def _where_from(folder: str, weights_dir: Path) -> str:
-    for source in SOURCES:
-        if source.folder == folder:
-            fetch = source.fetch.format(path=weights_dir / folder)
-            return f"it comes from {source.url} ({source.licence}): {fetch}, or try out with `ipt2v weights toy {weights_dir}`"
-    known = ", ".join(source.folder for source in SOURCES)
-    return f"{folder!r} is no folder that we know a source of (known: {known}); put the checkpoint there yourself"
