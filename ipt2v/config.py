@@ -52,6 +52,29 @@ class FacesConfig(Settings):
     model: str = "antelopev2"  # a folder of insightface's ONNX files
 
 
+class CutoutConfig(Settings):
+    """HRNet, which cuts the person out of the reference photo, on white."""
+
+    enabled: bool = True  # False: the photo as it is
+    model: str = "HRNetV2-W48"
+    file: str = Field("hrnet_lip_5583_torch04.pth", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    align_corners: bool = False  # as the checkpoint was trained: LIP's without, many of the OCR branch with
+    input_size: int = Field(473, ge=32)  # the photo is squashed to this square: 473 for LIP, about 512 for others
+    feather_pixels: float = Field(0.0, ge=0)  # standard deviation of the Gaussian that blurs the mask
+    largest_component: bool = False  # True: who stands apart is dropped
+
+
+class HyperLoRAConfig(Settings):
+    """HyperLoRA, which turns the reference's face into a LoRA of the painter; values of the paper's released code."""
+
+    enabled: bool = True  # False: painted from the prompt alone
+    model: str = "HyperLoRA"
+    variant: Literal["fidelity", "edit"] = "fidelity"
+    weight: float = Field(0.85, ge=0)
+    remove_background: bool = True  # CLIP sees the face alone, without hair and background
+    trigger_words: str = "fcsks fxhks fhyks, "  # what it was trained with; in front of every spatial prompt
+
+
 class PictureSize(Settings):
     """Width and height in pixels of what a diffusion model makes."""
 
@@ -130,6 +153,8 @@ class RunConfig(Settings):
     testset: TestsetConfig
     faces: FacesConfig = FacesConfig()
     decouple: DecoupleConfig = DecoupleConfig()
+    cutout: CutoutConfig = CutoutConfig()
+    hyperlora: HyperLoRAConfig = HyperLoRAConfig()
     first_frame: FirstFrameConfig = FirstFrameConfig()
     video: VideoConfig = VideoConfig()
 

@@ -3,6 +3,7 @@
 Layout of both kinds of file:
     /items/<identity>/<prompt_id>   group of one record; attributes hold its texts and `provenance` (JSON)
     /texts/<digest>                 one text embedding [L,D]; a sealed shard holds each distinct one once
+    /references/<digest>            one cut-out reference photo [H,W,3]; likewise
     /keys                           sealed shards only: the keys inside, one a line, so that counting opens no group
 
 HDF5 files that are appended to do not survive a kill, and files on shared disks must have one writer; hence closed parts,
@@ -11,6 +12,7 @@ renamed into place.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator
@@ -20,9 +22,12 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from ipt2v.atomic import replacing
 from ipt2v.records import Attempt, FirstFrame, Provenance, TextEmbedding, VideoLatents
+
+_SHARED = ("temporal_text", "negative_text", "reference")  # attributes that name what several records may share
 
 
 def save_first_frame(path: Path, record: FirstFrame, provenance: Provenance) -> None:
@@ -36,6 +41,7 @@ def save_first_frame(path: Path, record: FirstFrame, provenance: Provenance) -> 
         group.attrs["similarity"] = np.nan if record.similarity is None else record.similarity
         group.attrs["temporal_text"] = _save_text(file, record.temporal)
         group.attrs["negative_text"] = _save_text(file, record.negative)
+        group.attrs["reference"] = _save_reference(file, record.reference_HWC)
         group.create_dataset("image", data=record.image_HWC, compression="gzip", shuffle=True)
 
 
@@ -49,6 +55,7 @@ def load_first_frame(path: Path, key: str, *, run_digest: str) -> FirstFrame:
             spatial_prompt=group.attrs["spatial_prompt"],
             temporal_prompt=group.attrs["temporal_prompt"],
             image_HWC=group["image"][...],
+            reference_HWC=file[group.attrs["reference"]][...],
             similarity=None if np.isnan(similarity) else similarity,
             attempts=tuple(Attempt(**attempt) for attempt in json.loads(group.attrs["attempts"])),
             notes=tuple(json.loads(group.attrs["notes"])),
@@ -83,9 +90,9 @@ def seal(shard: Path, parts: Iterable[tuple[str, Path]]) -> None:
             with _open(source) as file:
                 group = file[f"items/{key}"]
                 file.copy(group, target.require_group(f"items/{key}".rpartition("/")[0]), name=key.rpartition("/")[2])
-                for name in [group.attrs[name] for name in ("temporal_text", "negative_text") if name in group.attrs]:
-                    if f"texts/{name}" not in target:
-                        file.copy(file[f"texts/{name}"], target.require_group("texts"), name=name)
+                for place in [group.attrs[name] for name in _SHARED if name in group.attrs]:
+                    if place not in target:
+                        file.copy(file[place], target.require_group(place.rpartition("/")[0]), name=place.rpartition("/")[2])
             keys.append(key)
         target.create_dataset("keys", data=np.frombuffer("\n".join(keys).encode() or b"\n", dtype=np.uint8))
 
@@ -169,12 +176,18 @@ def _item_group(file: h5py.File, key: str, provenance: Provenance) -> h5py.Group
 
 
 def _save_text(file: h5py.File, text: TextEmbedding) -> str:
-    name = f"texts/{text.digest}"
-    if name not in file:
-        file.create_dataset(name, data=text.embedding_LD).attrs["text"] = text.text
-    return text.digest
+    place = f"texts/{text.digest}"
+    if place not in file:
+        file.create_dataset(place, data=text.embedding_LD).attrs["text"] = text.text
+    return place
 
 
-def _load_text(file: h5py.File, digest: str) -> TextEmbedding:
-    dataset = file[f"texts/{digest}"]
+def _save_reference(file: h5py.File, image_HWC: NDArray[np.uint8]) -> str:
+    digest = hashlib.sha256(repr(image_HWC.shape).encode() + image_HWC.tobytes()).hexdigest()[:32]
+    file.create_dataset(f"references/{digest}", data=image_HWC, compression="gzip", shuffle=True)
+    return f"references/{digest}"
+
+
+def _load_text(file: h5py.File, place: str) -> TextEmbedding:
+    dataset = file[place]
     return TextEmbedding(text=dataset.attrs["text"], embedding_LD=dataset[...])

@@ -31,6 +31,7 @@ class Row:
     key: str
     prompt: str
     reference: str
+    cutout: str
     first_frame: FirstFrame | None
     first_frame_image: str
     still: str
@@ -79,6 +80,7 @@ def _row(run: RunDir, run_digest: str, shard: int, item: Item, reason: str) -> R
         key=item.key,
         prompt=item.prompt,
         reference=reference,
+        cutout="" if first_frame is None else _data_uri(first_frame.reference_HWC),
         first_frame=first_frame,
         first_frame_image="" if first_frame is None else _data_uri(first_frame.image_HWC),
         still="" if frames_THWC is None else _data_uri(frames_THWC[len(frames_THWC) // 2]),

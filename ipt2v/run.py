@@ -71,9 +71,8 @@ def run_shard(run_dir: str | Path, stage: str, shard: int) -> ShardResult:
     if stage not in _STAGES:
         raise ValueError(f"stage {stage!r} unknown; known: {', '.join(STAGES)}")
     work = _open(RunDir(Path(run_dir)), stage, shard)
-    make, max_ranks = _STAGES[stage]
-    with group_from_environment(max_ranks=max_ranks) as group:
-        make(work, group)
+    with group_from_environment() as group:
+        _STAGES[stage](work, group)
         if group.is_first:
             seal_shard(work.run, stage, shard, work.keys)
             count = work.run.count(stage, shard, work.keys)
@@ -104,15 +103,14 @@ def _open(run: RunDir, stage: str, shard: int) -> _Work:
 
 
 def _make_first_frames(work: _Work, group: Group) -> None:
-    finished = _recorded(work, "first_frame") | work.run.failed("first_frame", work.keys)
-    todo = [item for item in work.items if item.key not in finished]
+    todo = group.from_first(_first_frames_to_make(work) if group.is_first else ())
     if not todo:
         return
     from ipt2v.stages import first_frame
 
     _quiet_libraries()
     remember = partial(answer_all, folder=work.run.answers_path, batch_size=work.config.decouple.batch_size)
-    for made in first_frame.make(todo, work.config, work.weights_dir, group.device, remember):
+    for made in first_frame.make(todo, work.config, work.weights_dir, group, remember):
         if isinstance(made, Failure):
             work.run.save_failure(made)
             log.warning("first_frame %s failed: %s", made.key, made.reason)
@@ -120,6 +118,7 @@ def _make_first_frames(work: _Work, group: Group) -> None:
             path = work.run.part_path("first_frame", made.record.key)
             hdf5.save_first_frame(path, made.record, work.provenance(made, group))
             log.info("first_frame %s %.1f s", made.record.key, made.seconds)
+    group.meet()  # each rank writes the records of its own items: nobody seals before all are there
 
 
 def _make_videos(work: _Work, group: Group) -> None:
@@ -146,8 +145,12 @@ def _make_videos(work: _Work, group: Group) -> None:
             log.info("video %s %.1f s", key, made.seconds)
 
 
-# stage -> (what makes it, how many ranks can work on one element)
-_STAGES = {"first_frame": (_make_first_frames, 1), "video": (_make_videos, None)}
+_STAGES = {"first_frame": _make_first_frames, "video": _make_videos}
+
+
+def _first_frames_to_make(work: _Work) -> tuple[Item, ...]:
+    finished = _recorded(work, "first_frame") | work.run.failed("first_frame", work.keys)
+    return tuple(item for item in work.items if item.key not in finished)
 
 
 def _videos_to_make(work: _Work) -> tuple[tuple[str, ...], tuple[str, ...]]:

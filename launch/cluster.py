@@ -48,11 +48,11 @@ class Cluster(Settings):
     video: Resources = Resources()
 
     @model_validator(mode="after")
-    def _first_frame_is_one_task(self) -> Self:
-        if self.first_frame.num_tasks != 1:
+    def _first_frame_is_on_one_node(self) -> Self:
+        if self.first_frame.nodes != 1:
             raise ValueError(
-                f"first_frame: found {self.first_frame.num_tasks} tasks per element, expected 1; "
-                "set nodes and gpus_per_node to 1 and use more shards instead"
+                f"first_frame: found {self.first_frame.nodes} nodes per element, expected 1; "
+                "use more shards instead (several GPUs of a node share the LLM, for GPUs that cannot hold it whole)"
             )
         return self
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ipt2v import hdf5
-from ipt2v.records import Provenance
+from ipt2v.records import FirstFrame, Provenance
 from ipt2v.run_dir import RunDir
 
 BIN = Path(sys.executable).parent
@@ -84,6 +84,16 @@ def run_folder(output: str) -> RunDir:
     """The run folder that submit or freeze has printed."""
     line = next(line for line in output.splitlines() if line.startswith(("run", "/")))
     return RunDir(Path(line.split()[-1]))
+
+
+def first_frames(run: RunDir) -> dict[str, tuple[FirstFrame, Provenance]]:
+    """Every first frame that a run has made, by key."""
+    digest, made = run.environment().run_digest, {}
+    for shard in range(run.environment().num_shards):
+        for key, path in run.record_paths("first_frame", shard, run.shard_keys(shard)).items():
+            provenance = hdf5.load_provenance(path, key, run_digest=digest)
+            made[key] = (hdf5.load_first_frame(path, key, run_digest=digest), provenance)
+    return made
 
 
 def collect(run: RunDir) -> dict[str, MadeItem]:

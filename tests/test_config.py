@@ -83,6 +83,10 @@ CHOICES = {
     "enabled": False,
     "denoise": 0.4,
     "threshold": 0.6,
+    "align_corners": True,
+    "largest_component": True,
+    "variant": "edit",
+    "remove_background": False,
 }
 SMALL = parse_settings(RunConfig, {"name": "small", "testset": {"path": "here"}}, where="test")
 LEAVES = [path for path, _ in leaves(RunConfig)]
@@ -99,7 +103,7 @@ def test_every_shipped_config_loads_and_is_named_as_its_file(path: Path) -> None
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.name)
 def test_every_shipped_cluster_file_loads(path: Path) -> None:
-    assert load_cluster(path).first_frame.num_tasks == 1
+    assert load_cluster(path).first_frame.nodes == 1
 
 
 def test_there_are_shipped_configs_and_cluster_files() -> None:
@@ -246,9 +250,11 @@ def test_settings_cannot_be_changed_once_loaded() -> None:
         SMALL.video.fps = 3  # type: ignore[misc]
 
 
-def test_two_tasks_for_a_first_frame_are_refused(file: Path) -> None:
+def test_first_frames_on_two_nodes_are_refused_and_on_two_gpus_of_one_are_not(file: Path) -> None:
+    file.write_text("first_frame: {nodes: 2, gpus_per_node: 1}")
+    assert "first_frame: found 2 nodes per element, expected 1" in error_of(file, kind=Cluster)
     file.write_text("first_frame: {gpus_per_node: 2}")
-    assert "first_frame: found 2 tasks per element, expected 1" in error_of(file, kind=Cluster)
+    assert load_cluster(file).first_frame.num_tasks == 2
 
 
 # --- the digest ---------------------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +15,23 @@ from PIL import Image
 
 from ipt2v.config import DecoupleConfig, FirstFrameConfig, RunConfig, VideoConfig
 from ipt2v.models.faces import Face, load_face_analysis
-from ipt2v.models.sdxl import Painter, load_painter
+from ipt2v.models.hrnet.cutout import keep_whole, load_cutter
+from ipt2v.models.hyperlora.load import load_hyperlora
+from ipt2v.models.hyperlora.network import IdentityLoRA
+from ipt2v.models.hyperlora.slots import Slots
+from ipt2v.models.sdxl import Painter, load_painter, unet_on_meta
 from ipt2v.models.toy_faces import toy_face_pack
 from ipt2v.models.umt5 import load_text_encoder
-from ipt2v.records import Answer, Failure, FirstFrame, Item, Made, item_seed
-from ipt2v.stages.first_frame import make, paint_best
+from ipt2v.parallel import Group
+from ipt2v.records import Answer, Failure, FirstFrame, Item, Made, Photo, item_seed
+from ipt2v.references import load_reference
+from ipt2v.stages.first_frame import PEOPLE_AT_ONCE, becoming, load_identities, make, own_share, paint_best
+from ipt2v.stages.portraits import NO_FACE, NO_LOOK, coefficients_of, look_at, portray
 
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
+ALONE = Group(rank=0, world_size=1, num_nodes=1, device=CPU)
 NEGATIVE = "色调艳丽, blurred"
 CONFIG = RunConfig(
     name="tiny",
@@ -79,7 +89,7 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
 
 @pytest.fixture(scope="module")
 def run(toy_weights: Path) -> Callable[[Sequence[Item]], Results]:
-    return lambda items: list(make(items, CONFIG, toy_weights, CPU, ask_all))
+    return lambda items: list(make(items, CONFIG, toy_weights, ALONE, ask_all))
 
 
 @pytest.fixture(scope="module")
@@ -122,18 +132,18 @@ def test_a_photo_that_does_not_decode_is_a_failure_with_its_reason(results: Resu
 
 
 def test_if_no_photo_decodes_no_model_is_loaded(items: list[Item], tmp_path: Path) -> None:
-    results = list(make([items[1], items[4]], CONFIG, tmp_path / "no weights here", CPU, ask_all))
+    results = list(make([items[1], items[4]], CONFIG, tmp_path / "no weights here", ALONE, ask_all))
     assert [type(result) for result in results] == [Failure, Failure]
 
 
 def test_of_no_items_nothing_is_made_and_no_model_is_loaded(tmp_path: Path) -> None:
-    assert list(make([], CONFIG, tmp_path / "no weights here", CPU, ask_all)) == []
+    assert list(make([], CONFIG, tmp_path / "no weights here", ALONE, ask_all)) == []
 
 
 def test_a_photo_that_has_changed_stops_the_run(items: list[Item], tmp_path: Path) -> None:
     changed = Item(identity="person", prompt_id="00", prompt="x", reference=items[0].reference, reference_sha256="0" * 64)
     with pytest.raises(ValueError, match="has changed"):
-        list(make([changed], CONFIG, tmp_path / "no weights here", CPU, ask_all))
+        list(make([changed], CONFIG, tmp_path / "no weights here", ALONE, ask_all))
 
 
 # ---- what a record holds
@@ -149,20 +159,31 @@ def test_the_texts_of_a_record_belong_together(records: dict[str, FirstFrame], t
         assert record.temporal.embedding_LD.dtype == record.negative.embedding_LD.dtype == np.uint16
 
 
-def test_the_picture_of_a_record_is_painted_and_its_faces_redrawn_from_its_prompt_and_seeds(
-    results: Results, toy_weights: Path
+def test_the_picture_of_a_record_is_painted_and_its_faces_redrawn_from_its_prompt_seeds_and_photo(
+    results: Results, items: list[Item], toy_weights: Path
 ) -> None:
     painter = load_painter(toy_weights / CONFIG.first_frame.model, CONFIG.first_frame, device=CPU)
     analyse = load_face_analysis(toy_weights / "antelopev2")
+    hyperlora = load_hyperlora(
+        toy_weights / "HyperLoRA", unet_on_meta(toy_weights / "RealVisXL_V4.0"), variant="fidelity", device=CPU
+    )
+    cut = load_cutter(toy_weights / "HRNetV2-W48" / "hrnet_lip_5583_torch04.pth", device=CPU)
+    references = {item.key: load_reference(item) for item in items if items.index(item) in (0, 2, 3)}
     for made in (result for result in results if isinstance(result, Made)):
         record = made.record
         numbers = [item_seed(CONFIG.seed, record.key, f"paint {number}") for number in range(2)]
         assert [attempt.seed for attempt in record.attempts] == numbers[: len(record.attempts)]
-        number = numbers.index(made.seed)
-        image_HWC = painter.paint(record.spatial_prompt, made.seed)
+        cutout_HWC = cut(references[record.key]).image_HWC
+        assert np.array_equal(record.reference_HWC, cutout_HWC)
+        assert not np.array_equal(cutout_HWC, references[record.key])
+        look = look_at(cutout_HWC, analyse, CONFIG.hyperlora)
+        assert look is not None
+        painter.slots.set_identity(hyperlora.mix([coefficients_of([look], hyperlora)])[0], 0.85)
+        prompt = f"fcsks fxhks fhyks, {record.spatial_prompt}"
+        image_HWC = painter.paint(prompt, made.seed)
         boxes = [face.box_xyxy for face in analyse(image_HWC)]
-        redraw_seed = item_seed(CONFIG.seed, record.key, f"redraw {number}")
-        assert np.array_equal(record.image_HWC, painter.redraw(image_HWC, boxes, record.spatial_prompt, redraw_seed))
+        redraw_seed = item_seed(CONFIG.seed, record.key, f"redraw {numbers.index(made.seed)}")
+        assert np.array_equal(record.image_HWC, painter.redraw(image_HWC, boxes, prompt, redraw_seed))
         assert len(boxes) == 1 and not np.array_equal(record.image_HWC, image_HWC)
 
 
@@ -197,6 +218,7 @@ def attempts_at(likenesses: Sequence[float | None], *, photo_has_face: bool = Tr
     painter = Painter(
         paint=lambda prompt, seed: np.full((2, 2, 3), next(numbers), dtype=np.uint8),
         redraw=lambda *_: pytest.fail("redrawn although it is switched off"),
+        slots=Slots(linears={}, slots={}),
     )
 
     def analyse(image_HWC: np.ndarray) -> tuple[Face, ...]:
@@ -243,6 +265,20 @@ def test_seconds_are_counted_for_every_record(results: Results) -> None:
     assert all(result.seconds > 0 for result in results if isinstance(result, Made))
 
 
+# ---- shares of several ranks
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
+def test_ranks_share_the_people_not_their_items(items: list[Item], num_ranks: int) -> None:
+    of_people = [replace(item, prompt_id=f"{number}") for item in items for number in range(4)]
+    groups = [Group(rank=rank, world_size=num_ranks, num_nodes=1, device=CPU) for rank in range(num_ranks)]
+    shares = [own_share(of_people, group) for group in groups]
+    assert sorted(item.key for share in shares for item in share) == sorted(item.key for item in of_people)
+    people = [{item.photos for item in share} for share in shares]
+    assert sum(map(len, people)) == len(set().union(*people)) == len(items)
+    assert max(map(len, people)) - min(map(len, people)) <= 1
+
+
 # ---- depends on the item alone
 
 
@@ -258,7 +294,7 @@ def test_a_record_does_not_depend_on_the_other_items_of_the_call(
 def test_the_runs_seed_changes_prompts_and_pictures(
     records: dict[str, FirstFrame], items: list[Item], toy_weights: Path
 ) -> None:
-    (made,) = make([items[0]], CONFIG.model_copy(update={"seed": 12}), toy_weights, CPU, ask_all)
+    (made,) = make([items[0]], CONFIG.model_copy(update={"seed": 12}), toy_weights, ALONE, ask_all)
     assert isinstance(made, Made)
     before = records[items[0].key]
     assert made.record.temporal_prompt != before.temporal_prompt
@@ -266,10 +302,72 @@ def test_the_runs_seed_changes_prompts_and_pictures(
 
 
 def test_each_record_is_there_before_the_next_is_painted(items: list[Item], toy_weights: Path) -> None:
-    results = make([items[0], items[2]], CONFIG, toy_weights, CPU, ask_all)
+    results = make([items[0], items[2]], CONFIG, toy_weights, ALONE, ask_all)
     first = next(results)
     results.close()  # the job ends here
     assert isinstance(first, Made) and first.record.key == items[0].key
+
+
+def test_the_photo_changes_the_picture_and_without_hyperlora_it_does_not(items: list[Item], toy_weights: Path) -> None:
+    other = replace(items[0], reference=items[2].reference, reference_sha256=items[2].reference_sha256)
+    both = replace(items[0], more_photos=(Photo(path=items[2].reference, sha256=items[2].reference_sha256),))
+
+    def picture(item: Item, *, enabled: bool) -> np.ndarray:
+        prompts = CONFIG.decouple.model_copy(update={"prompts": "raw", "spatial_template": "Show nothing"})
+        first_frame = CONFIG.first_frame.model_copy(update={"max_attempts": 1})
+        hyperlora = CONFIG.hyperlora.model_copy(update={"enabled": enabled})
+        config = CONFIG.model_copy(update={"decouple": prompts, "first_frame": first_frame, "hyperlora": hyperlora})
+        (made,) = make([item], config, toy_weights, ALONE, ask_all)
+        assert isinstance(made, Made)
+        return made.record.image_HWC
+
+    one, another, of_both = (picture(item, enabled=True) for item in (items[0], other, both))
+    assert not np.array_equal(one, another)
+    assert not np.array_equal(one, of_both) and not np.array_equal(another, of_both)
+    assert np.array_equal(picture(items[0], enabled=False), picture(other, enabled=False))
+
+
+def test_people_beyond_one_block_have_their_own_loras(items: list[Item], toy_weights: Path) -> None:
+    """More people than are mixed together, asked for in and out of order."""
+    analyse = load_face_analysis(toy_weights / "antelopev2")
+    portrait = portray([load_reference(items[0])], analyse, keep_whole, CONFIG.hyperlora)
+    order = [items[0].photos * (count + 1) for count in range(PEOPLE_AT_ONCE + 2)]
+    identity = load_identities(dict.fromkeys(order, portrait), CONFIG, toy_weights, CPU)
+    first, last, again = (identity(order[index]) for index in (0, -1, 0))
+    assert first is not None and last is not None and again is not None
+    for path, (down_RI, up_OR) in first.factors.items():
+        for other in (last, again):  # the same photo: the same person
+            assert torch.equal(other.factors[path][0], down_RI) and torch.equal(other.factors[path][1], up_OR)
+    assert identity(items[2].photos) is None
+
+
+def test_a_persons_lora_is_mixed_once_for_all_of_the_persons_items(items: list[Item]) -> None:
+    asked: list[tuple[Photo, ...]] = []
+    painter = Painter(paint=pytest.fail, redraw=pytest.fail, slots=Slots(linears={}, slots={}))
+
+    def identity(photos: tuple[Photo, ...]) -> IdentityLoRA | None:
+        asked.append(photos)
+        return IdentityLoRA(factors={}) if photos == items[0].photos else None
+
+    become = becoming(painter, identity, CONFIG)
+    said = [become(items[index].photos) for index in (0, 0, 0, 2, 2, 0)]
+    assert asked == [items[index].photos for index in (0, 2, 0)]
+    assert said == ["fcsks fxhks fhyks, "] * 3 + [""] * 2 + ["fcsks fxhks fhyks, "]
+
+
+def networks() -> dict[int, str]:
+    """id -> class of every network that is in memory."""
+    return {id(thing): type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, torch.nn.Module)}
+
+
+def test_while_the_painter_works_every_other_model_is_gone(items: list[Item], toy_weights: Path) -> None:
+    before = networks()
+    results = make([items[0]], CONFIG, toy_weights, ALONE, ask_all)
+    next(results)
+    loaded = {name for key, name in networks().items() if key not in before}
+    results.close()
+    assert "UNet2DConditionModel" in loaded
+    assert not loaded & {"Qwen3ForCausalLM", "UMT5EncoderModel", "HRNet", "Resampler", "CLIPVisionModelWithProjection"}
 
 
 def test_a_photo_without_a_face_is_of_a_person_keeps_its_first_frame_and_is_noted(
@@ -281,8 +379,11 @@ def test_a_photo_without_a_face_is_of_a_person_keeps_its_first_frame_and_is_note
         if folder.name != "antelopev2":
             (blind / folder.name).symlink_to(folder)
     toy_face_pack(blind / "antelopev2", seen_at=())
-    (made,) = make([items[0]], CONFIG, blind, CPU, ask_all)
-    assert isinstance(made, Made)
+    (made,) = make([items[0]], CONFIG, blind, ALONE, ask_all)
+    off = CONFIG.hyperlora.model_copy(update={"enabled": False})
+    (plain,) = make([items[0]], CONFIG.model_copy(update={"hyperlora": off}), blind, ALONE, ask_all)
+    assert isinstance(made, Made) and isinstance(plain, Made)
+    assert np.array_equal(made.record.image_HWC, plain.record.image_HWC)  # from the prompt alone, without trigger words
     assert made.record.subject == "A person"
-    assert made.record.notes[0] == "reference photo: no face is found in it"
+    assert made.record.notes[:2] == (NO_FACE, NO_LOOK)
     assert made.record.image_HWC.std() > 0

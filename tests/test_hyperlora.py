@@ -102,14 +102,19 @@ def hyperlora(root: Path, toy_weights: Path) -> HyperLoRA:
     return load_hyperlora(root, load_unet(toy_weights), variant="fidelity", device=CPU)
 
 
+def generate(hyperlora: HyperLoRA, pixels_NCHW: Tensor, embeddings_NE: Tensor) -> IdentityLoRA:
+    (lora,) = hyperlora.mix([hyperlora.look(pixels_NCHW, embeddings_NE)])
+    return lora
+
+
 @pytest.fixture(scope="module")
 def lora(hyperlora: HyperLoRA) -> IdentityLoRA:
-    return hyperlora.generate(*photos(1, seed=1))
+    return generate(hyperlora, *photos(1, seed=1))
 
 
 @pytest.fixture(scope="module")
 def other_lora(hyperlora: HyperLoRA) -> IdentityLoRA:
-    return hyperlora.generate(*photos(1, seed=2))
+    return generate(hyperlora, *photos(1, seed=2))
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +220,7 @@ def test_a_lora_equals_the_formula_applied_to_the_files(root: Path, hyperlora: H
     coefficients_QC = einsum_resampler(resampler, id_NKX, clip_NPW, depth=2).mean(0)
     coefficients_QC /= (coefficients_QC.square().sum(-1, keepdim=True) + 1e-8).sqrt()
 
-    made = hyperlora.generate(pixels_NCHW, embeddings_NE)
+    made = generate(hyperlora, pixels_NCHW, embeddings_NE)
     names = json.loads((root / VARIANT / "hyper_lora_modules.json").read_text())
     assert len(made.factors) == 4 * len(names)
     found = iter(made.factors.items())
@@ -261,28 +266,37 @@ def test_the_mean_is_taken_first_and_brought_to_length_one_second() -> None:
 
 def test_the_same_photo_twice_counts_once(hyperlora: HyperLoRA, lora: IdentityLoRA) -> None:
     pixels_NCHW, embeddings_NE = photos(1, seed=1)
-    twice = hyperlora.generate(pixels_NCHW.repeat(2, 1, 1, 1), embeddings_NE.repeat(2, 1))
+    twice = generate(hyperlora, pixels_NCHW.repeat(2, 1, 1, 1), embeddings_NE.repeat(2, 1))
     assert equal(twice, lora, rtol=1e-4, atol=1e-5)
 
 
 def test_the_order_of_the_photos_does_not_matter_and_each_photo_does(hyperlora: HyperLoRA) -> None:
     pixels_NCHW, embeddings_NE = photos(3, seed=3)
-    three = hyperlora.generate(pixels_NCHW, embeddings_NE)
-    assert equal(hyperlora.generate(pixels_NCHW.flip(0), embeddings_NE.flip(0)), three, rtol=1e-4, atol=1e-5)
-    assert not equal(hyperlora.generate(pixels_NCHW[:2], embeddings_NE[:2]), three, rtol=1e-2, atol=1e-2)
+    three = generate(hyperlora, pixels_NCHW, embeddings_NE)
+    assert equal(generate(hyperlora, pixels_NCHW.flip(0), embeddings_NE.flip(0)), three, rtol=1e-4, atol=1e-5)
+    assert not equal(generate(hyperlora, pixels_NCHW[:2], embeddings_NE[:2]), three, rtol=1e-2, atol=1e-2)
+
+
+def test_people_mixed_together_are_who_they_are_alone(
+    hyperlora: HyperLoRA, lora: IdentityLoRA, other_lora: IdentityLoRA
+) -> None:
+    coefficients = [hyperlora.look(*photos(1, seed=seed)) for seed in (1, 2, 3)]
+    made = hyperlora.mix(coefficients)
+    assert len(made) == 3
+    assert equal(made[0], lora, rtol=0, atol=0) and equal(made[1], other_lora, rtol=0, atol=0)
 
 
 def test_pixels_and_embedding_each_change_the_lora(hyperlora: HyperLoRA, lora: IdentityLoRA) -> None:
     pixels_NCHW, embeddings_NE = photos(1, seed=1)
     other_NCHW, other_NE = photos(1, seed=2)
-    assert not equal(hyperlora.generate(other_NCHW, embeddings_NE), lora, rtol=1e-2, atol=1e-2)
-    assert not equal(hyperlora.generate(pixels_NCHW, other_NE), lora, rtol=1e-2, atol=1e-2)
-    assert equal(hyperlora.generate(pixels_NCHW, embeddings_NE), lora, rtol=0, atol=0)
+    assert not equal(generate(hyperlora, other_NCHW, embeddings_NE), lora, rtol=1e-2, atol=1e-2)
+    assert not equal(generate(hyperlora, pixels_NCHW, other_NE), lora, rtol=1e-2, atol=1e-2)
+    assert equal(generate(hyperlora, pixels_NCHW, embeddings_NE), lora, rtol=0, atol=0)
 
 
 def test_the_variants_have_weights_of_their_own(root: Path, unet, lora: IdentityLoRA) -> None:
     edit = load_hyperlora(root, unet, variant="edit", device=CPU)
-    assert not equal(edit.generate(*photos(1, seed=1)), lora, rtol=1e-2, atol=1e-2)
+    assert not equal(generate(edit, *photos(1, seed=1)), lora, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +306,7 @@ def test_the_variants_have_weights_of_their_own(root: Path, unet, lora: Identity
 def test_photos_without_their_embeddings_are_refused(hyperlora: HyperLoRA, pixels: int, embeddings: Any, message: str) -> None:
     embeddings_NE = 2 * photos(1, seed=0)[1] if isinstance(embeddings, str) else photos(embeddings, seed=0)[1]
     with pytest.raises(ValueError, match=message):
-        hyperlora.generate(photos(pixels, seed=0)[0], embeddings_NE)
+        generate(hyperlora, photos(pixels, seed=0)[0], embeddings_NE)
 
 
 # ---- in the UNet
@@ -527,7 +541,7 @@ def test_each_basis_is_read_once_and_dropped_before_the_next(root: Path, hyperlo
             read.append(key)
             return tensor
 
-        mix(get, random(272, 8), list(lora.factors))
+        mix(get, [random(272, 8)], list(lora.factors))
     assert read == [key for index in range(136) for key in basis_keys(index)]
     assert most == 0
 
@@ -545,7 +559,7 @@ def test_making_a_lora_takes_a_small_part_of_the_bases_memory(sdxl, tmp_path: Pa
             taken_mb.append(resident_mb())
             return file.get_tensor(key)
 
-        made = mix(get, random(1120, 64), paths)
+        (made,) = mix(get, [random(1120, 64)], paths)
     assert sum(one.numel() for factors in made.factors.values() for one in factors) == 11_612_160  # 46 MB
     assert max(taken_mb) - taken_mb[0] < 150
 

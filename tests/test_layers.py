@@ -121,7 +121,13 @@ def test_only_run_knows_both_models_and_files() -> None:
 
 @pytest.mark.parametrize(
     ("package", "allowed"),
-    [("launch", "launch/"), ("submitit", "launch/"), ("xfuser", "ipt2v/xdit.py"), ("typer", "launch/")],
+    [
+        ("launch", "launch/"),
+        ("submitit", "launch/"),
+        ("xfuser", "ipt2v/xdit.py"),
+        ("typer", "launch/"),
+        ("deepspeed", "ipt2v/models/tensor_parallel.py"),
+    ],
 )
 def test_a_package_is_imported_in_its_own_place_only(package: str, allowed: str) -> None:
     strangers = [

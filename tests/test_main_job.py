@@ -8,11 +8,13 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import ROOT
-from main_job import BIN, SMALL, MadeItem, assert_same_videos, call, collect, ipt2v, real_testset, run_folder
+from main_job import BIN, SMALL, MadeItem, assert_same_videos, call, collect, first_frames, ipt2v, real_testset, run_folder
 from PIL import Image
 
+from ipt2v.hdf5 import sealed_keys
 from ipt2v.mp4 import inspect_mp4
 from ipt2v.run_dir import RunDir
 from ipt2v.testsets import read_testset
@@ -91,7 +93,7 @@ def test_a_lost_mp4_is_decoded_again_not_denoised_again(here: tuple[RunDir, str]
 def test_local_two_ranks_make_the_same_videos(
     here: tuple[RunDir, str], testset: Path, toy_weights: Path, tmp_path: Path
 ) -> None:
-    few = _first_identity(testset, tmp_path)
+    few = _first_identities(testset, tmp_path, 1)
     words = (f"testset.path={few}", *SMALL, "--on", "local", "--cluster", CLUSTERS / "local.yaml")
     output = ipt2v("submit", CONFIG, *words, "--weights", toy_weights, "--runs", tmp_path / "runs", "--shards", "1")
     made = collect(run_folder(output))
@@ -103,7 +105,7 @@ def test_local_two_ranks_make_the_same_videos(
 def test_by_hand_and_under_torchrun_a_frozen_run_makes_the_same_videos(
     here: tuple[RunDir, str], testset: Path, toy_weights: Path, tmp_path: Path
 ) -> None:
-    few = _first_identity(testset, tmp_path)
+    few = _first_identities(testset, tmp_path, 1)
     words = (f"testset.path={few}", *SMALL, "--weights", toy_weights, "--runs", tmp_path / "runs")
     run = run_folder(ipt2v("freeze", CONFIG, *words))
     early = call(BIN / "python", "-m", "ipt2v", run.root, "video", "0", expect=2)
@@ -119,6 +121,25 @@ def test_by_hand_and_under_torchrun_a_frozen_run_makes_the_same_videos(
     assert {item.video_provenance.num_ranks for item in by_hand.values()} == {1}
     assert_same_videos(by_torchrun, by_hand, latents_within=1e-4)
     assert_same_videos(by_hand, collect(here[0]), latents_within=0)
+
+
+def test_two_ranks_share_the_llm_and_the_people_and_make_the_same_first_frames(
+    here: tuple[RunDir, str], testset: Path, toy_weights: Path, tmp_path: Path
+) -> None:
+    words = (f"testset.path={_first_identities(testset, tmp_path, 3)}", *SMALL, "--weights", toy_weights, "--shards", "1")
+    run = run_folder(ipt2v("freeze", CONFIG, *words, "--runs", tmp_path / "runs"))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    call(BIN / "python", *torchrun, "-m", "ipt2v", run.root, "first_frame", "0")
+    assert sealed_keys(run.sealed_path("first_frame", 0)) == run.shard_keys(0)
+    made, of_one_rank = first_frames(run), first_frames(here[0])
+    assert len(made) == 15 and not list((run.root / "first_frame" / "parts").glob("*/*"))
+    for key in made.keys() & of_one_rank.keys():
+        (record, provenance), (expected, _) = made[key], of_one_rank[key]
+        assert provenance.num_ranks == 2
+        assert (record.subject, record.notes, record.attempts) == (expected.subject, expected.notes, expected.attempts)
+        assert (record.spatial_prompt, record.temporal_prompt) == (expected.spatial_prompt, expected.temporal_prompt)
+        assert np.array_equal(record.image_HWC, expected.image_HWC)
+        assert np.array_equal(record.reference_HWC, expected.reference_HWC)
 
 
 @pytest.fixture(scope="module")
@@ -206,11 +227,12 @@ def _shard_of_failure(run: RunDir) -> int:
     return next(shard for shard in range(3) if any(item.key == failure.key for item in run.shard(shard)))
 
 
-def _first_identity(testset: Path, tmp_path: Path) -> Path:
-    """A test set of id001 alone, in the same layout."""
-    folder = tmp_path / "id001_only"
+def _first_identities(testset: Path, tmp_path: Path, number: int) -> Path:
+    """A test set of id001 and so on, in the same layout."""
+    folder = tmp_path / "some"
     folder.mkdir()
-    (folder / "id001").symlink_to((testset / "id001").resolve())
+    for identity in [f"id{index:03d}" for index in range(1, number + 1)]:
+        (folder / identity).symlink_to((testset / identity).resolve())
     return folder
 
 

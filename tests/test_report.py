@@ -72,7 +72,8 @@ def test_a_page_shows_what_is_made(run: RunDir) -> None:
     make(run, "id001/prompt2", spatial_prompt="a green hat")
     page = Page(write_report(run))
     assert "a green hat" in page.text and "She walks as id001/prompt2." in page.text
-    assert {"first frame of id001/prompt2", "middle frame of id001/prompt2"} <= set(page.images)
+    expected = {"id001/prompt2, cut out on white", "first frame of id001/prompt2", "middle frame of id001/prompt2"}
+    assert expected <= set(page.images)
     assert [run.root / link for link in page.links] == [run.mp4_path("id001/prompt2")]
 
 

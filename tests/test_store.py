@@ -130,6 +130,15 @@ def test_a_sealed_shard_holds_each_distinct_text_once(tmp_path: Path) -> None:
     assert texts == sorted(["blurry", *(f"She walks as {key}." for key in KEYS)])
 
 
+def test_a_sealed_shard_holds_each_distinct_reference_photo_once(tmp_path: Path) -> None:
+    hdf5.seal(tmp_path / "000.h5", save_parts(tmp_path))
+    with h5py.File(tmp_path / "000.h5") as file:
+        photos = [dataset[...] for dataset in file["references"].values()]
+    distinct = {first_frame(key).reference_HWC.tobytes() for key in KEYS}
+    assert 1 < len(distinct) < len(KEYS)
+    assert sorted(photo.tobytes() for photo in photos) == sorted(distinct)
+
+
 def test_a_sealed_record_equals_its_part(tmp_path: Path) -> None:
     hdf5.seal(tmp_path / "000.h5", save_parts(tmp_path))
     assert all(same(hdf5.load_first_frame(tmp_path / "000.h5", key, run_digest=DIGEST), first_frame(key)) for key in KEYS)

@@ -114,11 +114,6 @@ def largest(faces: Sequence[Face]) -> Face:
     return max(faces, key=lambda face: _area(face.box_xyxy))
 
 
-def highest_score(faces: Sequence[Face]) -> Face:
-    """The face that the detector is surest of; of equals the first. Raises ValueError if there is none."""
-    return max(faces, key=lambda face: face.score)
-
-
 def subject_of(faces: Sequence[Face]) -> Literal["A man", "A woman", "A person"]:
     """How a prompt calls the person with the largest face; "A person" if there is no face."""
     if not faces:

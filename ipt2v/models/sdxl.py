@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from numpy.typing import NDArray
 
 from ipt2v.config import FirstFrameConfig
 from ipt2v.models.face_detailer import Box, detail, load_inpainter
+from ipt2v.models.hyperlora.slots import Slots, install_slots
 from ipt2v.models.sdxl_sampler import dpmpp_2m_karras
 from ipt2v.models.sdxl_text import PromptEmbeds, embed_prompt
 
@@ -26,6 +27,7 @@ class Painter:
 
     paint: Callable[[str, int], ImageHWC]  # (spatial prompt, seed)
     redraw: Callable[[ImageHWC, Sequence[Box], str, int], ImageHWC]  # (picture, boxes of faces, spatial prompt, seed)
+    slots: Slots  # whom both paint; empty at first, which is the base model
 
 
 def load_painter(folder: Path, settings: FirstFrameConfig, *, device: torch.device) -> Painter:
@@ -46,7 +48,13 @@ def load_painter(folder: Path, settings: FirstFrameConfig, *, device: torch.devi
     def redraw(image_HWC: ImageHWC, boxes: Sequence[Box], spatial_prompt: str, seed: int) -> ImageHWC:
         return detail(image_HWC, boxes, inpainter(embed(spatial_prompt)), seed=seed, settings=settings.face_detailer)
 
-    return Painter(paint=paint, redraw=redraw)
+    return Painter(paint=paint, redraw=redraw, slots=install_slots(pipeline.unet))
+
+
+def unet_on_meta(folder: Path) -> UNet2DConditionModel:
+    """The UNet of a published folder without its weights: names and sizes alone."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
 
 
 @torch.inference_mode()

@@ -220,7 +220,9 @@ def _write_realvisxl(folder: Path) -> None:
     EulerDiscreteScheduler(
         beta_end=0.012, beta_schedule="scaled_linear", beta_start=0.00085, steps_offset=1, timestep_spacing="leading"
     ).save_pretrained(folder / "scheduler")
-    _write_unet(folder / "unet")
+    unet = _toy_unet()
+    _give_strength(unet)
+    unet.save_pretrained(folder / "unet")
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -238,10 +240,10 @@ def _write_realvisxl(folder: Path) -> None:
     _write_model_index(folder, "StableDiffusionXLPipeline", parts, {"force_zeros_for_empty_prompt": True})
 
 
-def _write_unet(folder: Path) -> None:
+def _toy_unet() -> Any:
     from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=128,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -256,8 +258,6 @@ def _write_unet(folder: Path) -> None:
         projection_class_embeddings_input_dim=80,  # 32 of the pooled text + 6 numbers x 8
         norm_num_groups=8,
     )
-    _give_strength(unet)
-    unet.save_pretrained(folder)
 
 
 def _write_clip_tokenizer(folder: Path, *, pad: str) -> int:
@@ -484,8 +484,26 @@ def _write_face_pack(folder: Path) -> None:
     toy_face_pack(folder, seed=int(torch.randint(2**31, ())))
 
 
+def _write_hyperlora(folder: Path) -> None:
+    import torch
+
+    from ipt2v.models.hyperlora.toy import write_toy_hyperlora
+
+    write_toy_hyperlora(folder, _toy_unet(), seed=int(torch.randint(2**31, ())))
+
+
+def _write_hrnet(folder: Path) -> None:
+    import torch
+
+    from ipt2v.models.hrnet.toy import toy_state_dict
+
+    torch.save(toy_state_dict(int(torch.randint(2**31, ()))), folder / "hrnet_lip_5583_torch04.pth")
+
+
 _WRITERS: dict[str, Callable[[Path], None]] = {
     "antelopev2": _write_face_pack,
+    "HRNetV2-W48": _write_hrnet,
+    "HyperLoRA": _write_hyperlora,
     "Qwen3-8B": _write_qwen3,
     "RealVisXL_V4.0": _write_realvisxl,
     "Wan2.1-VACE-14B-diffusers": functools.partial(_write_vace, num_heads=4, num_layers=4),

@@ -49,6 +49,11 @@ class CutOut:
 Cut = Callable[[NDArray[np.uint8]], CutOut]
 
 
+def keep_whole(image_HWC: NDArray[np.uint8]) -> CutOut:
+    """The photo as it is, for runs without cut-outs."""
+    return CutOut(image_HWC=image_HWC, alpha_HW=np.ones(image_HWC.shape[:2], np.float32), found=True)
+
+
 def load_cutter(
     path: Path,
     *,

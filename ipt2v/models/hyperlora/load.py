@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
+from ipt2v.models.hyperlora.layout import CLIP_FOLDER, PROCESSOR_FOLDER, VARIANT_FOLDER
 from ipt2v.models.hyperlora.network import (
     TOKENS_PER_MODULE,
     IdentityLoRA,
@@ -37,23 +38,23 @@ from ipt2v.models.hyperlora.slots import attentions, in_out, module_entry, proje
 Variant = Literal["fidelity", "edit"]
 Shapes = dict[str, tuple[int, ...]]
 
-CLIP_FOLDER = "hyper_lora/clip_vit/clip_vit_large_14"
-PROCESSOR_FOLDER = "hyper_lora/clip_processor/clip_vit_large_14_processor"
-VARIANT_FOLDER = "hyper_lora/hyper_lora/sdxl_hyper_id_lora_v1_{variant}"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HyperLoRA:
-    """HyperLoRA, loaded for one UNet."""
+    """HyperLoRA, loaded for one UNet. The coefficients are half a megabyte a person, the LoRA 46: keep the first.
+
+    `mix` holds none of the networks, so they are gone once the rest of this is.
+    """
 
     preprocess: Callable[[Sequence[NDArray[np.uint8]]], Tensor]  # crops of faces, each [H,W,3] RGB -> pixels [N,3,224,224]
-    generate: Callable[[Tensor, Tensor], IdentityLoRA]  # pixels, ArcFace embeddings [N,E] of length 1 -> float32 LoRA
+    look: Callable[[Tensor, Tensor], Tensor]  # pixels, ArcFace embeddings [N,E] of length 1 -> coefficients [Q,C] float32
+    mix: Callable[[Sequence[Tensor]], list[IdentityLoRA]]  # coefficients of some people -> their LoRAs, float32
 
 
 def load_hyperlora(root: Path, unet: UNet2DConditionModel, *, variant: Variant, device: torch.device) -> HyperLoRA:
     """The networks of a published folder, in float32; of the UNet only names and sizes are used, so it may be on "meta".
 
-    The bases, 3 GB of float16, stay in their file: each person's LoRA reads them once, one at a time.
+    The bases, 3 GB of float16, stay in their file: each call of `mix` reads them once, one basis at a time.
     Raises ValueError if the files do not fit each other or the UNet.
     """
     folder = root / VARIANT_FOLDER.format(variant=variant)
@@ -69,16 +70,19 @@ def load_hyperlora(root: Path, unet: UNet2DConditionModel, *, variant: Variant, 
         return processor(list(crops), return_tensors="pt", input_data_format="channels_last").pixel_values
 
     @torch.no_grad()  # not inference_mode: its tensors would not run where gradients are on
-    def generate(pixels_NCHW: Tensor, embeddings_NE: Tensor) -> IdentityLoRA:
+    def look(pixels_NCHW: Tensor, embeddings_NE: Tensor) -> Tensor:
         check_photos(pixels_NCHW, embeddings_NE, embedding=sizes.embedding)
         id_NKX = projector(embeddings_NE.to(device, torch.float32))
         # HyperLoRA was trained on the output of CLIP's last but one layer, without the norm behind the last
         clip_NPW = clip(pixels_NCHW.to(device, torch.float32), output_hidden_states=True).hidden_states[-2]
-        coefficients_QC = average(resampler(id_NKX, clip_NPW))
-        with safe_open(bases, framework="pt", device=str(device)) as file:
-            return mix(file.get_tensor, coefficients_QC, paths)
+        return average(resampler(id_NKX, clip_NPW))
 
-    return HyperLoRA(preprocess=preprocess, generate=generate)
+    @torch.no_grad()
+    def mix_bases(people_PQC: Sequence[Tensor]) -> list[IdentityLoRA]:
+        with safe_open(bases, framework="pt", device=str(device)) as file:
+            return mix(file.get_tensor, [coefficients_QC.to(device) for coefficients_QC in people_PQC], paths)
+
+    return HyperLoRA(preprocess=preprocess, look=look, mix=mix_bases)
 
 
 def load_clip(folder: Path) -> CLIPVisionModelWithProjection:

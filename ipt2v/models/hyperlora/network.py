@@ -118,23 +118,26 @@ def basis_keys(index: int) -> tuple[str, str]:
     return f"{prefix}.id_down_basis", f"{prefix}.id_up_basis"
 
 
-def mix(read: Callable[[str], Tensor], coefficients_QC: Tensor, paths: Sequence[str]) -> IdentityLoRA:
-    """The LoRA: each factor is the sum of its bases, weighted by one query's coefficients.
+def mix(read: Callable[[str], Tensor], people_PQC: Sequence[Tensor], paths: Sequence[str]) -> list[IdentityLoRA]:
+    """Each person's LoRA: a factor is the sum of its bases, weighted by one query's coefficients.
 
-    `read` gives a basis by its key: it is called once a key, and what it gives is dropped before the next call.
+    `read` gives a basis by its key: it is called once a key, however many people, and what it gives is dropped before the
+    next call. A person's LoRA does not depend on the others.
     """
-    factors: dict[str, Factors] = {}
+    loras: list[dict[str, Factors]] = [{} for _ in people_PQC]
     # one room for the float32 copies of all bases: fresh ones would lie between the factors, which stay, and so leave
     # the heap in pieces (1 GB of them at full size)
-    room = coefficients_QC.new_empty(0)
+    room = people_PQC[0].new_empty(0)
     for index, path in enumerate(paths):
-        mixed = []
-        for coefficients_C, key in zip(coefficients_QC[2 * index : 2 * index + 2], basis_keys(index), strict=True):
+        pairs: list[list[Tensor]] = [[] for _ in people_PQC]
+        for query, key in zip((2 * index, 2 * index + 1), basis_keys(index), strict=True):
             bases = read(key)
             room = room if room.numel() >= bases.numel() else room.new_empty(bases.numel())
             copied = room[: bases.numel()].view(len(bases), -1).copy_(bases.flatten(1))
-            # a matrix times a vector: einsum would first copy the bases into another order
-            mixed.append((coefficients_C @ copied).view(bases.shape[1:]).T.contiguous())
+            for pair, coefficients_QC in zip(pairs, people_PQC, strict=True):
+                # a vector times a matrix, person by person: all at once would round by how many they are
+                pair.append((coefficients_QC[query] @ copied).view(bases.shape[1:]).T.contiguous())
             del bases
-        factors[path] = (mixed[0], mixed[1])
-    return IdentityLoRA(factors=factors)
+        for lora, (down_RI, up_OR) in zip(loras, pairs, strict=True):
+            lora[path] = (down_RI, up_OR)
+    return [IdentityLoRA(factors=factors) for factors in loras]

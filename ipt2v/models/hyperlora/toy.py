@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from ipt2v.models.hyperlora.layout import CLIP_FOLDER, PROCESSOR_FOLDER, VARIANT_FOLDER
 from ipt2v.models.hyperlora.network import TOKENS_PER_MODULE, Resampler, Sizes, basis_shapes, id_projector
 from ipt2v.models.hyperlora.slots import attentions, in_out, module_entry, projection_paths
 
@@ -50,12 +51,12 @@ def write_toy_hyperlora(root: Path, unet: UNet2DConditionModel, *, seed: int) ->
         queries=TOKENS_PER_MODULE * len(modules),
         coefficients=8,
     )
-    _write_clip(root / "hyper_lora/clip_vit/clip_vit_large_14", generator)
-    processor = root / "hyper_lora/clip_processor/clip_vit_large_14_processor"
+    _write_clip(root / CLIP_FOLDER, generator)
+    processor = root / PROCESSOR_FOLDER
     processor.mkdir(parents=True)
     (processor / "preprocessor_config.json").write_text(json.dumps(_PROCESSOR, indent=2), encoding="utf-8")
     for variant in ("fidelity", "edit"):
-        folder = root / f"hyper_lora/hyper_lora/sdxl_hyper_id_lora_v1_{variant}"
+        folder = root / VARIANT_FOLDER.format(variant=variant)
         folder.mkdir(parents=True)
         (folder / "hyper_lora_modules.json").write_text(json.dumps(modules, indent=2), encoding="utf-8")
         _save(folder / "hyper_lora_modules.safetensors", _draw_bases(basis_shapes(sizes, RANK, widths), generator))
