@@ -126,6 +126,9 @@ class VideoConfig(PictureSize):
     model: str = "Wan2.1-VACE-14B-diffusers"
     dtype: Dtype = "bfloat16"
     vae_dtype: Dtype = "float32"
+    # what VACE starts from: array 1's painting, the cut-out photo (the paper's baseline, reference-to-video), or both
+    condition: Literal["first_frame", "reference", "both"] = "first_frame"
+    scheduler: Literal["unipc", "dpm++"] = "unipc"
     num_frames: int = Field(81, ge=5)
     fps: int = Field(16, ge=1)
     num_inference_steps: int = Field(50, ge=1)
@@ -157,6 +160,16 @@ class RunConfig(Settings):
     hyperlora: HyperLoRAConfig = HyperLoRAConfig()
     first_frame: FirstFrameConfig = FirstFrameConfig()
     video: VideoConfig = VideoConfig()
+
+    @property
+    def starts_from_first_frame(self) -> bool:
+        """Whether array 1 paints; reference-to-video needs no painting, and no spatial prompt."""
+        return self.video.condition != "reference"
+
+    @property
+    def asks_llm(self) -> bool:
+        """Whether a prompt goes through the LLM at all."""
+        return self.starts_from_first_frame or self.decouple.prompts == "refined"
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)

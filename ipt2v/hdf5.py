@@ -42,7 +42,8 @@ def save_first_frame(path: Path, record: FirstFrame, provenance: Provenance) -> 
         group.attrs["temporal_text"] = _save_text(file, record.temporal)
         group.attrs["negative_text"] = _save_text(file, record.negative)
         group.attrs["reference"] = _save_reference(file, record.reference_HWC)
-        group.create_dataset("image", data=record.image_HWC, compression="gzip", shuffle=True)
+        if record.image_HWC is not None:
+            group.create_dataset("image", data=record.image_HWC, compression="gzip", shuffle=True)
 
 
 def load_first_frame(path: Path, key: str, *, run_digest: str) -> FirstFrame:
@@ -54,7 +55,7 @@ def load_first_frame(path: Path, key: str, *, run_digest: str) -> FirstFrame:
             subject=group.attrs["subject"],
             spatial_prompt=group.attrs["spatial_prompt"],
             temporal_prompt=group.attrs["temporal_prompt"],
-            image_HWC=group["image"][...],
+            image_HWC=group["image"][...] if "image" in group else None,
             reference_HWC=file[group.attrs["reference"]][...],
             similarity=None if np.isnan(similarity) else similarity,
             attempts=tuple(Attempt(**attempt) for attempt in json.loads(group.attrs["attempts"])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,3 +123,10 @@ def _device(local_rank: int) -> torch.device:
     # On a CPU the order of a sum depends on the number of threads: one, so that here, local and slurm agree bit for bit.
     torch.set_num_threads(1)
     return torch.device("cpu")
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory of what nothing refers to any more."""
+    gc.collect()  # closures and modules refer to each other in circles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -92,9 +92,9 @@ class FirstFrame:
 
     key: str
     subject: str  # "A man", "A woman" or "A person"
-    spatial_prompt: str
+    spatial_prompt: str  # empty where nothing is painted
     temporal_prompt: str
-    image_HWC: NDArray[np.uint8]  # 0..255 RGB
+    image_HWC: NDArray[np.uint8] | None  # 0..255 RGB; None where the video starts from the reference alone
     reference_HWC: NDArray[np.uint8]  # 0..255 RGB, the person cut out on white: what reference-to-video starts from
     similarity: float | None  # of the attempt that was kept
     attempts: tuple[Attempt, ...]  # paintings made to choose from, in their order

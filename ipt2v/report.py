@@ -82,7 +82,7 @@ def _row(run: RunDir, run_digest: str, shard: int, item: Item, reason: str) -> R
         reference=reference,
         cutout="" if first_frame is None else _data_uri(first_frame.reference_HWC),
         first_frame=first_frame,
-        first_frame_image="" if first_frame is None else _data_uri(first_frame.image_HWC),
+        first_frame_image="" if first_frame is None or first_frame.image_HWC is None else _data_uri(first_frame.image_HWC),
         still="" if frames_THWC is None else _data_uri(frames_THWC[len(frames_THWC) // 2]),
         mp4="" if frames_THWC is None else quote(mp4.relative_to(run.root).as_posix()),
         reason=reason,

@@ -86,6 +86,8 @@ CHOICES = {
     "align_corners": True,
     "largest_component": True,
     "variant": "edit",
+    "condition": "both",
+    "scheduler": "dpm++",
     "remove_background": False,
 }
 SMALL = parse_settings(RunConfig, {"name": "small", "testset": {"path": "here"}}, where="test")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ipt2v.config import DecoupleConfig, FirstFrameConfig, RunConfig, VideoConfig
+from ipt2v.models.catalogue import folders
 from ipt2v.models.faces import Face, load_face_analysis
 from ipt2v.models.hrnet.cutout import keep_whole, load_cutter
 from ipt2v.models.hyperlora.load import load_hyperlora
@@ -25,7 +26,8 @@ from ipt2v.models.umt5 import load_text_encoder
 from ipt2v.parallel import Group
 from ipt2v.records import Answer, Failure, FirstFrame, Item, Made, Photo, item_seed
 from ipt2v.references import load_reference
-from ipt2v.stages.first_frame import PEOPLE_AT_ONCE, becoming, load_identities, make, own_share, paint_best
+from ipt2v.stages.first_frame import make, own_share
+from ipt2v.stages.painting import PEOPLE_AT_ONCE, becoming, load_identities, paint_best
 from ipt2v.stages.portraits import NO_FACE, NO_LOOK, coefficients_of, look_at, portray
 
 pytestmark = pytest.mark.slow
@@ -353,6 +355,26 @@ def test_a_persons_lora_is_mixed_once_for_all_of_the_persons_items(items: list[I
     said = [become(items[index].photos) for index in (0, 0, 0, 2, 2, 0)]
     assert asked == [items[index].photos for index in (0, 2, 0)]
     assert said == ["fcsks fxhks fhyks, "] * 3 + [""] * 2 + ["fcsks fxhks fhyks, "]
+
+
+@pytest.mark.parametrize("prompts", ["raw", "refined"])
+def test_reference_to_video_paints_nothing_and_loads_no_painter(
+    items: list[Item], toy_weights: Path, tmp_path: Path, prompts: str, records: dict[str, FirstFrame]
+) -> None:
+    needed = ["antelopev2", "HRNetV2-W48", CONFIG.video.model] + ["Qwen3-8B"] * (prompts == "refined")
+    for folder in needed:
+        (tmp_path / folder).symlink_to(toy_weights / folder)
+    video = CONFIG.video.model_copy(update={"condition": "reference"})
+    decouple = CONFIG.decouple.model_copy(update={"prompts": prompts})
+    config = CONFIG.model_copy(update={"video": video, "decouple": decouple})
+    assert sorted(folders(config).values()) == sorted(needed)
+    (made,) = make([items[0]], config, tmp_path, ALONE, ask_all)
+    assert isinstance(made, Made)
+    record, painted = made.record, records[items[0].key]
+    assert (record.image_HWC, record.spatial_prompt, record.attempts, record.similarity) == (None, "", (), None)
+    assert np.array_equal(record.reference_HWC, painted.reference_HWC)
+    assert record.temporal_prompt == (painted.temporal_prompt if prompts == "refined" else items[0].prompt)
+    assert set(record.notes) <= set(painted.notes)
 
 
 def networks() -> dict[int, str]:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -111,6 +112,12 @@ def test_a_record_of_another_run_is_refused_with_both_digests(tmp_path: Path, lo
     with pytest.raises(ValueError) as caught:
         load(path, key, run_digest=OTHER)
     assert str(caught.value).startswith(f"{path}: record {key} was made by run {DIGEST[:12]}, expected {OTHER[:12]}; ")
+
+
+def test_a_record_without_a_first_frame_comes_back_without_one(tmp_path: Path) -> None:
+    record = replace(first_frame(KEYS[0]), image_HWC=None)
+    hdf5.save_first_frame(tmp_path / "a.h5", record, provenance(DIGEST))
+    assert same(hdf5.load_first_frame(tmp_path / "a.h5", KEYS[0], run_digest=DIGEST), record)
 
 
 def test_a_sealed_shard_lists_its_keys_in_the_order_given(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, DPMSolverMultistepScheduler, UniPCMultistepScheduler, WanVACEPipeline
+from PIL import Image
 
 from ipt2v.config import VideoConfig
 from ipt2v.models.umt5 import load_text_encoder, padded
-from ipt2v.models.vace.condition import condition, encode, first_frame_video, fit, fold_mask
+from ipt2v.models.vace.condition import condition, empty_video, encode, first_frame_video, fit, fold_mask, letterbox
 from ipt2v.models.vace.degrees import Degrees
 from ipt2v.models.vace.denoise import Guidance, denoise, guided_velocity
 from ipt2v.models.vace.load import Animator, draw_noise, load_animator, load_scheduler, load_transformer
@@ -194,6 +195,73 @@ def test_other_sizes_models_and_dtypes_equal_the_pipelines_bit_for_bit(
     assert_same_bits(latents_CTHW, expected)
 
 
+@pytest.mark.parametrize("mode", ["reference", "both"])
+@pytest.mark.parametrize(
+    ("size", "reference_size", "changes"),
+    [
+        ("48x32x5", (30, 52), {}),
+        ("64x48x9", (120, 48), {"guidance_scale": 1.0}),
+        ("32x80x13", (16, 16), {"conditioning_scale": 0.5, "flow_shift": 5.0}),
+        ("48x32x9", (33, 21), {"dtype": "bfloat16", "model": SMALL_MODEL}),
+    ],
+)
+def test_latents_from_a_reference_equal_the_pipelines_bit_for_bit(
+    pipelines, animators, first_frames, mode: str, size: str, reference_size: tuple[int, int], changes: dict[str, Any]
+) -> None:
+    config = settings(size, condition=mode, **changes)
+    first_frame = replace(first_frames(config), reference_HWC=picture(*reference_size, seed=3))
+    if mode == "reference":
+        first_frame = replace(first_frame, image_HWC=None)
+
+    latents_CTHW = animators(config).animate(first_frame, SEED)
+
+    given: dict[str, Any] = conditions(first_frame.image_HWC, config.num_frames) if mode == "both" else {}
+    with torch.inference_mode():
+        expected = pipelines(config)(
+            **given,
+            reference_images=[Image.fromarray(first_frame.reference_HWC)],
+            **embeddings(config, first_frame),
+            latents=draw_noise(config, 16, SEED, num_references=1),
+            height=config.height,
+            width=config.width,
+            num_frames=config.num_frames,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            conditioning_scale=config.conditioning_scale,
+            max_sequence_length=config.max_text_tokens,
+            output_type="latent",
+        ).frames[0]
+    assert_same_bits(latents_CTHW, np.asarray(expected)[:, 1:])  # the pipeline leaves the reference's latent frame in front
+    assert latents_CTHW.shape[1] == (config.num_frames - 1) // 4 + 1
+
+
+def test_a_record_without_a_first_frame_cannot_be_animated_from_one(animator: Animator, first_frames: FirstFrames) -> None:
+    with pytest.raises(ValueError, match=r"identity/prompt: .* no first frame, and video\.condition is 'first_frame'"):
+        animator.animate(replace(first_frames(settings()), image_HWC=None), SEED)
+
+
+@pytest.mark.parametrize("num_references", [0, 1, 2])
+def test_any_control_video_mask_and_references_are_conditioned_as_the_pipeline_does(
+    pipelines, vae: AutoencoderKLWan, num_references: int
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    video_BCTHW = torch.rand(1, 3, 9, 32, 48, generator=generator)
+    mask_BCTHW = torch.rand(1, 1, 9, 32, 48, generator=generator).round()
+    pictures = [picture(30, 20, seed=index) for index in range(num_references)]
+
+    references = [letterbox(one, width=48, height=32) for one in pictures]
+    empty = encode(vae, empty_video(9, width=48, height=32)[0])
+    found = condition(vae, 2 * video_BCTHW - 1, mask_BCTHW, references, empty_latents=empty)
+
+    pipeline = pipelines(settings())
+    given = video_BCTHW.transpose(1, 2), mask_BCTHW.expand(-1, 3, -1, -1, -1).transpose(1, 2)
+    images = [Image.fromarray(one) for one in pictures] or None
+    video, mask, canvases = pipeline.preprocess_conditions(*given, images, 1, 32, 48, 9, torch.float32, CPU)
+    expected = torch.cat([pipeline.prepare_video_latents(video, mask, canvases), pipeline.prepare_masks(mask, canvases)], 1)
+    assert found.shape == (1, 96, num_references + 3, 4, 6)
+    assert_same_bits(found.detach().numpy(), expected.detach().numpy())
+
+
 @pytest.mark.parametrize("changes", [{}, {"flow_shift": 5.0, "num_inference_steps": 6}, {"guidance_scale": 1.0}])
 def test_latents_of_dpm_solver_equal_the_pipelines_bit_for_bit(
     toy_weights: Path, pipelines, first_frames: FirstFrames, one_rank: Group, changes: dict[str, Any]
@@ -208,7 +276,7 @@ def test_latents_of_dpm_solver_equal_the_pipelines_bit_for_bit(
         guidance = Guidance(
             positive_BLD=texts["prompt_embeds"],
             negative_BLD=texts["negative_prompt_embeds"],
-            condition_BCthw=condition(pipeline.vae, first_frame.image_HWC, num_frames=9, empty_latents=empty),
+            condition_BCthw=condition(pipeline.vae, *first_frame_video(first_frame.image_HWC, 9), empty_latents=empty),
             conditioning_scale=config.conditioning_scale,
             guidance_scale=config.guidance_scale,
         )
@@ -265,7 +333,7 @@ def test_the_condition_equals_the_pipelines_for_a_kept_first_frame(
     image_HWC, pipeline = picture(width, height), pipelines(settings())
     empty = encode(vae, torch.zeros(1, 3, num_frames, height, width))
 
-    found = condition(vae, image_HWC, num_frames=num_frames, empty_latents=empty)
+    found = condition(vae, *first_frame_video(image_HWC, num_frames), empty_latents=empty)
 
     given = conditions(image_HWC, num_frames).values()
     video, mask, references = pipeline.preprocess_conditions(*given, None, 1, height, width, num_frames, torch.float32, CPU)

@@ -40,15 +40,17 @@ _TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # settings and tokenizer
 
 
 def folders(config: RunConfig) -> dict[str, str]:
-    """role -> name of the weights folder that it reads."""
-    return {
-        "faces": config.faces.model,
-        "decouple": config.decouple.model,
-        **({"cutout": config.cutout.model} if config.cutout.enabled else {}),
-        **({"hyperlora": config.hyperlora.model} if config.hyperlora.enabled else {}),
-        "first_frame": config.first_frame.model,
-        "video": config.video.model,
-    }
+    """role -> name of the weights folder that it reads, of the roles that the run has."""
+    paints = config.starts_from_first_frame
+    rows = (
+        ("faces", config.faces.model, True),
+        ("decouple", config.decouple.model, config.asks_llm),
+        ("cutout", config.cutout.model, config.cutout.enabled),
+        ("hyperlora", config.hyperlora.model, paints and config.hyperlora.enabled),
+        ("first_frame", config.first_frame.model, paints),
+        ("video", config.video.model, True),
+    )
+    return {role: folder for role, folder, is_needed in rows if is_needed}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,20 +21,22 @@ class Decoupled:
     notes: tuple[str, ...]
 
 
-def decouple(pairs: Sequence[tuple[str, str]], settings: DecoupleConfig, ask: Ask) -> list[Decoupled]:
-    """One Decoupled for each (prompt, subject). Equal pairs are asked once.
+def decouple(pairs: Sequence[tuple[str, str]], settings: DecoupleConfig, ask: Ask, *, spatial: bool = True) -> list[Decoupled]:
+    """One Decoupled for each (prompt, subject). Equal pairs are asked once; `spatial` False leaves the spatial prompts empty.
 
     With prompts "raw" the test set's prompt animates as it is: the paper's ablation, over the same first frames.
     """
     distinct = list(dict.fromkeys(pairs))
     sources, temporal = distinct, [Prompt(text=prompt) for prompt, _ in distinct]
-    if settings.prompts == "refined" or settings.spatial_source == "polished":
+    if settings.prompts == "refined" or (spatial and settings.spatial_source == "polished"):
         polished = _ask(distinct, distinct, settings.temporal_template, temporal_prompt, ask)
         if settings.spatial_source == "polished":
             sources = [(prompt.text, subject) for prompt, (_, subject) in zip(polished, distinct, strict=True)]
         if settings.prompts == "refined":
             temporal = polished
-    parsed = _ask(sources, distinct, settings.spatial_template, spatial_prompt, ask)
+    parsed = [Prompt(text="")] * len(distinct)
+    if spatial:
+        parsed = _ask(sources, distinct, settings.spatial_template, spatial_prompt, ask)
     halves = {
         pair: Decoupled(spatial=one.text, temporal=other.text, notes=tuple(half.note for half in (one, other) if half.note))
         for pair, one, other in zip(distinct, parsed, temporal, strict=True)

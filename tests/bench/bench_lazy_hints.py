@@ -1,11 +1,11 @@
 """What lazy hints save: peak memory of a forward's activations, all hints first (diffusers) against one at a time (ours).
 
-    OMP_NUM_THREADS=1 python tests/bench/bench_lazy_hints.py [--device cuda] [--tokens 1024 2048] [--width 512]
+    OMP_NUM_THREADS=1 python tests/bench/bench_lazy_hints.py [--device cuda] [--tokens 512 1024] [--width 256]
 
-A model of VACE-14B's depth, 40 main and 8 VACE blocks, but narrow, with random weights. Measured in one forward, after one to
-warm up: the peak of what is allocated beyond weights and inputs (on a CPU every allocation and release that torch's profiler
-sees, on a GPU torch.cuda.max_memory_allocated), the same minus the hints' bytes that the arithmetic predicts, and seconds.
-Hints are seen through hooks on the VACE blocks: how many are alive at most when a block starts. Both outputs must be equal.
+A model of VACE-14B's depth, 40 main and 8 VACE blocks, but narrow, with random weights. Measured: the peak of what one forward
+allocates beyond weights and inputs (on a CPU the sum of every allocation and release that torch's profiler records, on a GPU
+torch.cuda.max_memory_allocated); how many hints are alive at most when a main block starts, by weak references; seconds of
+a forward after one to warm up. The outputs of both ways must be equal.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def most_hints(transformer: WanVACETransformer3DModel, inputs: dict[str, Any]) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048])
-    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--width", type=int, default=256)
     chosen = parser.parse_args()
     dtype = torch.bfloat16 if chosen.device.type == "cuda" else torch.float32
     transformer = make_transformer(chosen.width, chosen.device, dtype)

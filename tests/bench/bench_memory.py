@@ -82,7 +82,7 @@ def child(step: str, weights: Path) -> float:
     from ipt2v.models.sdxl import load_painter
     from ipt2v.parallel import Group
     from ipt2v.records import Answer, Item
-    from ipt2v.stages import first_frame  # here, because imports are not what is measured
+    from ipt2v.stages import first_frame, painting  # here, because imports are not what is measured
 
     config = load_settings(
         RunConfig, ROOT / "configs/demo.yaml", ("hyperlora.model=HyperLoRA larger", "decouple.max_new_tokens=8")
@@ -108,7 +108,7 @@ def child(step: str, weights: Path) -> float:
     photos, _ = first_frame.read_photos([item])
     analyse = first_frame.load_face_analysis(weights / config.faces.model)
     portraits = first_frame.portray_all(photos, config, weights, device, analyse)
-    return peak_mb(lambda: first_frame.load_identities(portraits, config, weights, device))
+    return peak_mb(lambda: painting.load_identities(portraits, config, weights, device))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""VACE's Video Condition Unit for first-frame-to-video, in memory: pure functions of tensors and of the VAE they are given.
+"""VACE's Video Condition Unit, in memory: pure functions of tensors and of the VAE they are given.
 
 Legend: B=1, C channels (3 RGB, 16 latent, 96 condition), T frames, t latent frames (T = 4(t-1)+1), H W pixels, h w latent
 pixels (H = 8h, W = 8w). Pixels are -1..1; the empty frame is 0.0 exactly, the gray between (VACE's frameref.py: 127.5 of 255).
@@ -6,10 +6,13 @@ pixels (H = 8h, W = 8w). Pixels are -1..1; the empty frame is 0.0 exactly, the g
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
+from diffusers.video_processor import VideoProcessor
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -64,18 +67,49 @@ def fold_mask(mask_BCTHW: torch.Tensor) -> torch.Tensor:
     return F.interpolate(folded[None], size=(num_latent_frames, h, w), mode="nearest-exact")
 
 
-def condition(
-    vae: AutoencoderKLWan, image_HWC: NDArray[np.uint8], *, num_frames: int, empty_latents: torch.Tensor
-) -> torch.Tensor:
-    """[1,96,t,h,w]: latents of what is kept, latents of what is to be made, folded mask.
+def empty_video(num_frames: int, *, width: int, height: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(video, mask) as first_frame_video gives them, with nothing in it: all gray, all to be made."""
+    return torch.zeros(1, 3, num_frames, height, width), torch.ones(1, 1, num_frames, height, width)
 
-    What is to be made is all gray here, so its latents are the same for every video of a size: `empty_latents`.
+
+def letterbox(image_HWC: NDArray[np.uint8], *, width: int, height: int) -> torch.Tensor:
+    """[3,H,W] float32 -1..1: the whole image, as large as it fits, on white; as WanVACEPipeline.preprocess_conditions does."""
+    # first at its own size, cut down to what the VAE can halve three times
+    image_BCHW = VideoProcessor(vae_scale_factor=SPATIAL_FACTOR).preprocess(Image.fromarray(image_HWC))
+    scale = min(height / image_BCHW.shape[2], width / image_BCHW.shape[3])
+    fitted_height, fitted_width = (int(side * scale) for side in image_BCHW.shape[2:])
+    fitted_BCHW = F.interpolate(image_BCHW, size=(fitted_height, fitted_width), mode="bilinear", align_corners=False)
+    canvas_CHW = torch.ones(3, height, width)
+    top, left = (height - fitted_height) // 2, (width - fitted_width) // 2
+    canvas_CHW[:, top : top + fitted_height, left : left + fitted_width] = fitted_BCHW[0]
+    return canvas_CHW
+
+
+def condition(
+    vae: AutoencoderKLWan,
+    video_BCTHW: torch.Tensor,
+    mask_BCTHW: torch.Tensor,
+    references: Sequence[torch.Tensor] = (),
+    *,
+    empty_latents: torch.Tensor,
+) -> torch.Tensor:
+    """[1,96,r+t,h,w]: latents of what is kept, latents of what is to be made, folded mask; before them r reference images.
+
+    Frames may be kept, empty or a control signal (pose, depth, ...): `video_BCTHW` -1..1 holds their pixels, `mask_BCTHW` is 1
+    where the model makes them anew. References are [3,H,W] each, from letterbox. Whatever is all gray has `empty_latents`,
+    encode() of an empty video of this size, which need be made only once.
     """
     device = empty_latents.device
-    video_BCTHW, mask_BCTHW = first_frame_video(image_HWC, num_frames)
-    kept = encode(vae, (video_BCTHW * (1 - mask_BCTHW)).to(device))
-    mask = fold_mask(mask_BCTHW).to(device, kept.dtype)
-    return torch.cat([kept, empty_latents, mask], dim=1)
+    made_BCTHW = (mask_BCTHW > 0.5).to(video_BCTHW.dtype)
+    parts = [video_BCTHW * (1 - made_BCTHW), video_BCTHW * made_BCTHW]
+    latents = [encode(vae, part.to(device)) if part.any() else empty_latents for part in parts]
+    mask = fold_mask(mask_BCTHW).to(device, empty_latents.dtype)
+    result = torch.cat([*latents, mask], dim=1)
+    for reference_CHW in references:  # the last one comes first, as in WanVACEPipeline
+        reference = encode(vae, reference_CHW[None, :, None].to(device))
+        channels_after = result.shape[1] - reference.shape[1]
+        result = torch.cat([F.pad(reference, [0] * 6 + [0, channels_after]), result], dim=2)
+    return result
 
 
 def _statistics(vae: AutoencoderKLWan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 
 from ipt2v.config import VideoConfig
 from ipt2v.models.umt5 import padded
-from ipt2v.models.vace.condition import SPATIAL_FACTOR, TEMPORAL_FACTOR, condition, decode, encode, fit
+from ipt2v.models.vace.condition import (
+    SPATIAL_FACTOR,
+    TEMPORAL_FACTOR,
+    condition,
+    decode,
+    empty_video,
+    encode,
+    first_frame_video,
+    fit,
+    letterbox,
+)
 from ipt2v.models.vace.degrees import Degrees, check_degrees, degrees
 from ipt2v.models.vace.denoise import Guidance, Progress, Scheduler, denoise, guided_velocity, unheard
 from ipt2v.models.vace.hints import make_hints_lazy
@@ -51,24 +61,27 @@ def load_animator(folder: Path, settings: VideoConfig, group: Group, split: Degr
     split = agreed_split(folder, settings, group, split)
     transformer, pair = load_transformer(folder, dtype, group, split)
     vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=getattr(torch, settings.vae_dtype)).eval().to(device)
-    scheduler = load_scheduler(folder, "unipc", settings.flow_shift)
+    scheduler = load_scheduler(folder, settings.scheduler, settings.flow_shift)
     with torch.inference_mode():
-        empty_latents = encode(vae, torch.zeros(1, 3, settings.num_frames, settings.height, settings.width, device=device))
+        empty_latents = encode(
+            vae, empty_video(settings.num_frames, width=settings.width, height=settings.height)[0].to(device)
+        )
     group.meet()  # one rank may have read its weights many minutes before another
 
     @torch.inference_mode()
     def animate(first_frame: FirstFrame, seed: int, progress: Progress = unheard) -> NDArray[np.float32]:
-        image_HWC = fit(first_frame.image_HWC, width=settings.width, height=settings.height)
+        video, mask, references = start_of(first_frame, settings)
         guidance = Guidance(
             positive_BLD=padded(first_frame.temporal, settings.max_text_tokens, dtype=dtype, device=device),
             negative_BLD=padded(first_frame.negative, settings.max_text_tokens, dtype=dtype, device=device),
-            condition_BCthw=condition(vae, image_HWC, num_frames=settings.num_frames, empty_latents=empty_latents).to(dtype),
+            condition_BCthw=condition(vae, video, mask, references, empty_latents=empty_latents).to(dtype),
             conditioning_scale=settings.conditioning_scale,
             guidance_scale=settings.guidance_scale,
         )
         velocity = guided_velocity(transformer, guidance, pair)
-        noise_BCthw = draw_noise(settings, transformer.config.in_channels, seed).to(device)
-        return denoise(velocity, scheduler, noise_BCthw, settings.num_inference_steps, progress)[0].cpu().numpy()
+        noise_BCthw = draw_noise(settings, transformer.config.in_channels, seed, num_references=len(references)).to(device)
+        latents_BCthw = denoise(velocity, scheduler, noise_BCthw, settings.num_inference_steps, progress)
+        return latents_BCthw[0, :, len(references) :].cpu().numpy()  # the references' own latents are no frames
 
     @torch.inference_mode()
     def decode_latents(latents_CTHW: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -119,8 +132,19 @@ def load_scheduler(folder: Path, name: Literal["unipc", "dpm++"], flow_shift: fl
     )
 
 
-def draw_noise(settings: VideoConfig, num_channels: int, seed: int) -> torch.Tensor:
-    """[1,C,t,h,w] float32 from a CPU generator, so that every rank, device and world size starts from the same noise."""
-    num_latent_frames = (settings.num_frames - 1) // TEMPORAL_FACTOR + 1
+def start_of(first_frame: FirstFrame, settings: VideoConfig) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """(video, mask, references), what the settings' condition makes of a record. Raises ValueError if it has no first frame."""
+    size = {"width": settings.width, "height": settings.height}
+    references = () if settings.condition == "first_frame" else (letterbox(first_frame.reference_HWC, **size),)
+    if settings.condition == "reference":
+        return *empty_video(settings.num_frames, **size), references
+    if first_frame.image_HWC is None:
+        raise ValueError(f"{first_frame.key}: the record has no first frame, and video.condition is {settings.condition!r}")
+    return *first_frame_video(fit(first_frame.image_HWC, **size), settings.num_frames), references
+
+
+def draw_noise(settings: VideoConfig, num_channels: int, seed: int, *, num_references: int = 0) -> torch.Tensor:
+    """[1,C,r+t,h,w] float32 from a CPU generator, so that every rank, device and world size starts from the same noise."""
+    num_latent_frames = (settings.num_frames - 1) // TEMPORAL_FACTOR + 1 + num_references
     size = (settings.height // SPATIAL_FACTOR, settings.width // SPATIAL_FACTOR)
     return torch.randn((1, num_channels, num_latent_frames, *size), generator=torch.Generator().manual_seed(seed))

@@ -47,7 +47,7 @@ def ring_attention(
     for step in range(num_ranks):
         coming = pass_on(block_2BNKD, group) if step < num_ranks - 1 else None
         num_keys = valid[(rank - step) % num_ranks]
-        if num_keys:  # an empty block would put exp(0) = 1 for each of its pads into the sum
+        if num_keys:  # a softmax over no keys is no number
             found = attend(query_BNQD, *block_2BNKD[:, :, :, :num_keys].unbind(0))
             output_BNQD, lse_BNQ = merge(output_BNQD, lse_BNQ, *found)
         if coming is not None:
