@@ -171,11 +171,11 @@ def test_a_missing_weights_file_is_named_with_its_source(ipt2v: Call, place: Pat
 
 
 @pytest.mark.parametrize("on", ["slurm", "local"])
-def test_ranks_that_do_not_divide_the_heads_are_refused(ipt2v: Call, place: Path, on: str) -> None:
-    (place / "site.yaml").write_text("video: {tasks_per_node: 3}")
+def test_ranks_that_cannot_share_a_video_are_refused(ipt2v: Call, place: Path, on: str) -> None:
+    (place / "site.yaml").write_text("video: {nodes: 4, tasks_per_node: 3}")
     line = refusal(ipt2v(*plan_words(place), "--on", on))
-    assert line.startswith(f"ulysses: 3 ranks do not divide the {NUM_HEADS} heads of Wan2.1-VACE-14B-diffusers; ")
-    assert line.endswith("to one of 1, 2, 4")
+    assert line.startswith(f"video: 12 ranks on 4 nodes cannot share a model of {NUM_HEADS} heads (")
+    assert line.endswith("to 4 nodes with one of 4, 8, 16, 24, 32 ranks in all")
 
 
 @pytest.mark.parametrize("words", [["status"], ["logs", "RUN", "video", "0"], ["cancel"], ["package"]])

@@ -19,9 +19,7 @@ from PIL import Image
 from ipt2v.config import VideoConfig
 from ipt2v.models.umt5 import load_text_encoder, padded
 from ipt2v.models.vace.condition import condition, empty_video, encode, first_frame_video, fit, fold_mask, letterbox
-from ipt2v.models.vace.degrees import Degrees
-from ipt2v.models.vace.denoise import Guidance, denoise, guided_velocity
-from ipt2v.models.vace.load import Animator, draw_noise, load_animator, load_scheduler, load_transformer
+from ipt2v.models.vace.load import Animator, draw_noise, load_animator, load_scheduler
 from ipt2v.parallel import Group, group_from_environment
 from ipt2v.records import FirstFrame
 
@@ -264,38 +262,20 @@ def test_any_control_video_mask_and_references_are_conditioned_as_the_pipeline_d
 
 @pytest.mark.parametrize("changes", [{}, {"flow_shift": 5.0, "num_inference_steps": 6}, {"guidance_scale": 1.0}])
 def test_latents_of_dpm_solver_equal_the_pipelines_bit_for_bit(
-    toy_weights: Path, pipelines, first_frames: FirstFrames, one_rank: Group, changes: dict[str, Any]
+    pipelines, animators, first_frames: FirstFrames, changes: dict[str, Any]
 ) -> None:
-    config, folder = settings("64x48x9", **changes), toy_weights / MODEL
+    config, steps = settings("64x48x9", scheduler="dpm++", **changes), list[tuple[int, int]]()
     first_frame, pipeline = first_frames(config), pipelines(config)
     texts = embeddings(config, first_frame)
 
-    transformer, _ = load_transformer(folder, torch.float32, one_rank, Degrees())
-    with torch.inference_mode():
-        empty = encode(pipeline.vae, torch.zeros(1, 3, 9, 48, 64))
-        guidance = Guidance(
-            positive_BLD=texts["prompt_embeds"],
-            negative_BLD=texts["negative_prompt_embeds"],
-            condition_BCthw=condition(pipeline.vae, *first_frame_video(first_frame.image_HWC, 9), empty_latents=empty),
-            conditioning_scale=config.conditioning_scale,
-            guidance_scale=config.guidance_scale,
-        )
-    scheduler = load_scheduler(folder, "dpm++", config.flow_shift)
-    noise_BCthw, steps = draw_noise(config, 16, SEED), list[tuple[int, int]]()
-    latents_BCthw = denoise(
-        guided_velocity(transformer, guidance),
-        scheduler,
-        noise_BCthw,
-        config.num_inference_steps,
-        lambda step_index, num_steps, _: steps.append((step_index, num_steps)),
-    )
+    latents_CTHW = animators(config).animate(first_frame, SEED, lambda index, num_steps, _: steps.append((index, num_steps)))
 
     unipc = by_pipeline(pipeline, config, first_frame.image_HWC, output_type="latent", **texts)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
         pipeline.scheduler.config, use_flow_sigmas=True, prediction_type="flow_prediction"
     )
     expected = by_pipeline(pipeline, config, first_frame.image_HWC, output_type="latent", **texts)
-    assert_same_bits(latents_BCthw[0].numpy(), expected)
+    assert_same_bits(latents_CTHW, expected)
     assert np.abs(expected - unipc).max() > 1e-3
     assert steps == [(index, config.num_inference_steps) for index in range(config.num_inference_steps)]
 
