@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from ipt2v.run_dir import STAGES
+from ipt2v.run_dir import STAGES, VERIFY_SPLIT
 
 EPILOG = """examples:
   python -m ipt2v runs/vace_14b_480p-1a2b3c4d first_frame 3
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         "python -m ipt2v", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="a run folder, as `ipt2v freeze` or `ipt2v submit` made it")
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("stage", choices=(*STAGES, VERIFY_SPLIT))
     parser.add_argument("shard", type=int, help="0-based")
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)

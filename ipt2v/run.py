@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 
 from ipt2v import hdf5
 from ipt2v.answers import answer_all
+from ipt2v.atomic import write_text
 from ipt2v.config import RunConfig
 from ipt2v.mp4 import write_mp4
 from ipt2v.parallel import Group, group_from_environment
 from ipt2v.records import Failure, Item, Made, Provenance, VideoLatents
-from ipt2v.run_dir import STAGES, Environment, RunDir, seal_shard
+from ipt2v.run_dir import STAGES, VERIFY_SPLIT, Environment, RunDir, seal_shard
 from ipt2v.version import code_version, package_versions
 
 log = logging.getLogger(__name__)
@@ -63,21 +65,22 @@ class _Work:
 
 
 def run_shard(run_dir: str | Path, stage: str, shard: int) -> ShardResult:
-    """Make what is missing of one shard of a stage, and seal it; what is finished is left alone.
+    """Make what is missing of one shard of a stage, and seal it; what is finished is left alone. VERIFY_SPLIT makes a check.
 
     Called on every rank that RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* describe. Items that cannot be made become failure
     records. Raises ValueError if the run folder, the stage, the shard or the number of ranks cannot be worked with.
     """
     if stage not in _STAGES:
-        raise ValueError(f"stage {stage!r} unknown; known: {', '.join(STAGES)}")
+        raise ValueError(f"stage {stage!r} unknown; known: {', '.join(_STAGES)}")
     work = _open(RunDir(Path(run_dir)), stage, shard)
     with group_from_environment() as group:
         _STAGES[stage](work, group)
-        if group.is_first:
+        result = ShardResult(done=0, failed=0)
+        if group.is_first and stage in STAGES:
             seal_shard(work.run, stage, shard, work.keys)
             count = work.run.count(stage, shard, work.keys)
+            result = ShardResult(done=count.done, failed=count.failed)
             log.info("%s shard %d: %d done, %d failed", stage, shard, count.done, count.failed)
-        result = ShardResult(done=count.done, failed=count.failed) if group.is_first else ShardResult(done=0, failed=0)
         return group.from_first(result)
 
 
@@ -145,7 +148,22 @@ def _make_videos(work: _Work, group: Group) -> None:
             log.info("video %s %.1f s", key, made.seconds)
 
 
-_STAGES = {"first_frame": _make_first_frames, "video": _make_videos}
+def _verify_split(work: _Work, group: Group) -> None:
+    paths = group.from_first(work.run.record_paths("first_frame", work.shard, work.keys) if group.is_first else {})
+    key = next((key for key in work.keys if key in paths), None)
+    if key is None:
+        command = f"python -m ipt2v {work.run.root} first_frame {work.shard}"
+        raise ValueError(f"shard {work.shard}: no first frame yet; run `{command}`")
+    from ipt2v.stages.verify_split import check_split
+
+    _quiet_libraries()
+    first_frame = hdf5.load_first_frame(paths[key], key, run_digest=work.environment.run_digest)
+    check = check_split(first_frame, work.config, work.weights_dir, group)
+    if check is not None:
+        write_text(work.run.split_check_path(work.shard), json.dumps(asdict(check), indent=1) + "\n")
+
+
+_STAGES = {"first_frame": _make_first_frames, "video": _make_videos, VERIFY_SPLIT: _verify_split}
 
 
 def _first_frames_to_make(work: _Work) -> tuple[Item, ...]:

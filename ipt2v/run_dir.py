@@ -5,6 +5,7 @@
     first_frame/answers/                                               what the LLM said, once for each distinct question
     video/<key>.mp4  video/parts/<key>.h5 -> video/000.h5              the delivered file; latents and provenance beside it
     failure/<stage>/<key>.json                                         an item that cannot be made, and why
+    verify_split/000.json                                              one video on all ranks against one rank
     package/  jobs/<stage>/                                            the leaderboard's zip; submitit's pickles and logs
 
 Knows nothing of torch, models or schedulers.
@@ -25,6 +26,7 @@ from ipt2v.manifest import manifest_digest, read_manifest
 from ipt2v.records import Failure, Item
 
 STAGES = ("first_frame", "video")
+VERIFY_SPLIT = "verify_split"  # a job like a stage's, which makes no items
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,9 @@ class RunDir:
 
     def mp4_path(self, key: str) -> Path:
         return self.root / "video" / f"{key}.mp4"
+
+    def split_check_path(self, shard: int) -> Path:
+        return self.root / VERIFY_SPLIT / f"{shard:03d}.json"
 
     def failure_path(self, stage: str, key: str) -> Path:
         return self.root / "failure" / stage / f"{key}.json"

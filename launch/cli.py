@@ -158,6 +158,34 @@ def logs(
         print(file.read_text(encoding="utf-8", errors="replace"), end="")
 
 
+@app.command(
+    "verify-split",
+    epilog="Example: ipt2v verify-split runs/vace_14b_480p-1a2b3c4d --on slurm --cluster configs/cluster/h100.yaml",
+)
+def verify_split(
+    run: RunArgument,
+    on: PlaceOption = Place.slurm,
+    cluster: ClusterOption = None,
+    shard: Annotated[int, typer.Option(min=0, help="whose first item is made; its first frame must be there")] = 0,
+) -> None:
+    """Denoise one video over the ranks of a video element and again on one rank, four steps each, and compare the latents."""
+    from ipt2v.run_dir import VERIFY_SPLIT, RunDir
+    from launch.cluster import load_cluster
+    from launch.plan import Submission
+
+    opened, site = RunDir(run), load_cluster(cluster)
+    opened.shard(shard)
+    if on == Place.here or site.video.num_tasks == 1:
+        raise ValueError("verify-split: one rank against one rank says nothing; name a --cluster file with more for a video")
+    path = opened.split_check_path(shard)
+    path.unlink(missing_ok=True)
+    problems = _start(opened, site, (Submission(stage=VERIFY_SPLIT, shards=(shard,), after=False),), on, wait=True)
+    if not path.is_file():
+        raise OSError("; ".join(problems) or f"verify-split wrote nothing; see `ipt2v logs {run} {VERIFY_SPLIT} {shard}`")
+    for name, value in json.loads(path.read_text(encoding="utf-8")).items():
+        print(f"{name:<20} {value:.3g}" if isinstance(value, float) else f"{name:<20} {value}")
+
+
 @app.command()
 def cancel(run: RunArgument) -> None:
     """Cancel what waits or runs of a run. Finished items stay; `submit` goes on with the rest."""
@@ -307,6 +335,7 @@ def _todo(prepared: Prepared, site: Cluster, on: Place) -> tuple[Submission, ...
     """What to submit. Raises ValueError if the split of ranks is illegal."""
     from ipt2v.models.catalogue import num_attention_heads
     from ipt2v.models.vace.degrees import degrees
+    from ipt2v.run_dir import STAGES
     from launch.plan import plan_submissions
     from launch.progress import ranges
     from launch.queue import live_elements
@@ -320,7 +349,7 @@ def _todo(prepared: Prepared, site: Cluster, on: Place) -> tuple[Submission, ...
         num_heads = num_attention_heads(weights_dir, prepared.config)
         guided = prepared.config.video.guidance_scale > 1
         degrees(site.video.num_tasks, site.video.nodes, num_heads, guided=guided)
-    busy = {shard for _, shard in live_elements(prepared.run)}
+    busy = {shard for stage, shard in live_elements(prepared.run) if stage in STAGES}
     if busy:
         print(f"shards {ranges(tuple(sorted(busy)))} are waiting or running already; left alone")
     return plan_submissions(prepared.counts(), busy)

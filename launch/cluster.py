@@ -8,6 +8,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from ipt2v.config import Settings, load_settings
+from ipt2v.run_dir import VERIFY_SPLIT
 
 
 class Resources(Settings):
@@ -57,7 +58,7 @@ class Cluster(Settings):
         return self
 
     def resources(self, stage: str) -> Resources:
-        return {"first_frame": self.first_frame, "video": self.video}[stage]
+        return {"first_frame": self.first_frame, "video": self.video, VERIFY_SPLIT: self.video}[stage]
 
 
 def load_cluster(path: Path | None) -> Cluster:

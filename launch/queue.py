@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ipt2v.atomic import write_text
-from ipt2v.run_dir import STAGES, RunDir
+from ipt2v.run_dir import STAGES, VERIFY_SPLIT, RunDir
 
 LIVE_STATES = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "SUSPENDED", "REQUEUE_HOLD", "REQUEUE_FED"}
 
@@ -38,7 +38,7 @@ def remember(run: RunDir, submitted: Submitted) -> None:
 
 def submissions(run: RunDir) -> list[Submitted]:
     """Every submission of the run, oldest first."""
-    paths = [path for stage in STAGES for path in run.jobs_path(stage).glob("*.json")]
+    paths = [path for stage in (*STAGES, VERIFY_SPLIT) for path in run.jobs_path(stage).glob("*.json")]
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
     return [Submitted(**{**fields, "shards": tuple(fields["shards"])}) for fields in found]
 

@@ -30,6 +30,7 @@ COMMANDS = [
     "logs",
     "cancel",
     "package",
+    "verify-split",
     "weights",
     "weights list",
     "weights fetch",

@@ -196,6 +196,19 @@ def test_after_a_sigkill_submitting_again_makes_the_missing_items_only(
 
 
 @pytest.mark.slurm
+def test_a_split_over_two_nodes_is_verified_against_one_rank(
+    killed: tuple[RunDir, dict[str, MadeItem], str], cluster: Cluster
+) -> None:
+    run, _, _ = killed
+    words = ("--on", "slurm", "--cluster", CLUSTERS / "devcluster.yaml")
+    output = ipt2v("verify-split", run.root, *words, environment=cluster.environment)
+    check = json.loads(run.split_check_path(0).read_text(encoding="utf-8"))
+    assert (check["num_ranks"], check["num_nodes"], check["split"]) == (4, 2, "cfg 2 x ulysses 2 x ring 1")
+    assert 0 <= check["mean_error"] <= check["max_error"] <= 2e-5 < check["largest_value"]
+    assert "cfg 2 x ulysses 2 x ring 1" in output
+
+
+@pytest.mark.slurm
 def test_cancel_empties_the_queue_and_status_needs_no_accounting(
     cluster_without_accounting: Cluster, testset: Path, toy_weights: Path, tmp_path: Path
 ) -> None:
