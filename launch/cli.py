@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from ipt2v.models.vace.degrees import Degrees
     from ipt2v.run_dir import RunDir
     from launch.cluster import Cluster
     from launch.freeze import Prepared
@@ -68,6 +69,8 @@ def plan(
     for number, submission in enumerate(todo, 1):
         resources = site.resources(submission.stage)
         ranks = f"{1 if on == Place.here else resources.num_tasks} ranks per element"
+        if submission.stage == "video" and on != Place.here:
+            ranks += f" ({_split(prepared, site)})"
         waits = f", element i after element i of array {number - 1}" if submission.after else ""
         print(f"\narray {number}: {submission.stage}, shards {ranges(submission.shards)}, {ranks}{waits}")
         if on == Place.slurm:
@@ -333,8 +336,6 @@ def _prepare(
 
 def _todo(prepared: Prepared, site: Cluster, on: Place) -> tuple[Submission, ...]:
     """What to submit. Raises ValueError if the split of ranks is illegal."""
-    from ipt2v.models.catalogue import num_attention_heads
-    from ipt2v.models.vace.degrees import degrees
     from ipt2v.run_dir import STAGES
     from launch.plan import plan_submissions
     from launch.progress import ranges
@@ -346,13 +347,21 @@ def _todo(prepared: Prepared, site: Cluster, on: Place) -> tuple[Submission, ...
             from ipt2v.models.tensor_parallel import check_slices
 
             check_slices(weights_dir / prepared.config.decouple.model, site.first_frame.num_tasks)
-        num_heads = num_attention_heads(weights_dir, prepared.config)
-        guided = prepared.config.video.guidance_scale > 1
-        degrees(site.video.num_tasks, site.video.nodes, num_heads, guided=guided)
+        _split(prepared, site)
     busy = {shard for stage, shard in live_elements(prepared.run) if stage in STAGES}
     if busy:
         print(f"shards {ranges(tuple(sorted(busy)))} are waiting or running already; left alone")
     return plan_submissions(prepared.counts(), busy)
+
+
+def _split(prepared: Prepared, site: Cluster) -> Degrees:
+    """How the ranks of a video element share it. Raises ValueError, with what would do, if they cannot."""
+    from ipt2v.models.catalogue import num_attention_heads
+    from ipt2v.models.vace.degrees import degrees
+
+    num_heads = num_attention_heads(Path(prepared.environment.weights_dir), prepared.config)
+    guided = prepared.config.video.guidance_scale > 1
+    return degrees(site.video.num_tasks, site.video.nodes, num_heads, guided=guided)
 
 
 def _start(run: RunDir, site: Cluster, todo: tuple[Submission, ...], on: Place, *, wait: bool) -> list[str]:
