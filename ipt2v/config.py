@@ -9,10 +9,10 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -120,6 +120,23 @@ class FirstFrameConfig(PictureSize):
     face_detailer: FaceDetailerConfig = FaceDetailerConfig()
 
 
+class SpeedConfig(Settings):
+    """How the video transformer computes; each switch changes rounding at most, and is off until you have measured it."""
+
+    fuse_qkv: bool = False  # one product for query, key and value of a self-attention; needs whole weights
+    compile: Literal["off", "default", "max-autotune-no-cudagraphs"] = "off"  # torch.compile, block by block
+    best_attention: bool = False  # pins the best of torch's attention kernels here, and names it in the log
+
+
+class StepCacheConfig(Settings):
+    """Steps that are not computed in full; this changes the video, so it is off."""
+
+    threshold: float = Field(0.0, ge=0)  # relative change of the first blocks' output below which the rest is skipped; 0: never
+    num_first_blocks: int = Field(8, ge=1)  # that always run
+    warmup_steps: int = Field(8, ge=1)  # computed in full at the start
+    max_skips: int = Field(3, ge=0)  # in a row
+
+
 class VideoConfig(PictureSize):
     """VACE, as it animates the first frame, and the MP4 that is delivered."""
 
@@ -138,6 +155,11 @@ class VideoConfig(PictureSize):
     negative_prompt: str = ""
     max_text_tokens: int = Field(512, ge=1)  # diffusers' WanVACEPipeline: max_sequence_length=512
     crf: Annotated[int, Field(ge=0, le=51)] = 18
+    speed: SpeedConfig = SpeedConfig()
+    step_cache: StepCacheConfig = StepCacheConfig()
+    # Memory, not pixels: whether each rank holds the whole transformer, or the ranks of a video share it. Idle on one rank.
+    weights_sharding: Literal["none", "fsdp2", "zero3"] = "none"
+    cpu_offload: bool = False  # zero3's share in the host's memory, on a GPU only while it is needed
 
     @field_validator("num_frames")
     @classmethod
@@ -146,6 +168,15 @@ class VideoConfig(PictureSize):
             below = (num_frames - 1) // 4 * 4 + 1
             raise ValueError(f"{num_frames} is not 4n+1; nearest are {below} and {below + 4}")
         return num_frames
+
+    @model_validator(mode="after")
+    def _only_zero3_offloads(self) -> Self:
+        if self.cpu_offload and self.weights_sharding != "zero3":
+            raise ValueError(
+                f"found cpu_offload with weights_sharding {self.weights_sharding!r}, expected 'zero3', which alone can; "
+                "set weights_sharding to zero3, or cpu_offload to false"
+            )
+        return self
 
 
 class RunConfig(Settings):

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,13 +33,14 @@ LAST_VIDEO_SECONDS = 60
 # (path, frames [T,H,W,3] uint8 RGB, fps=) writes an MP4; pickled by its name, so it must be importable
 Write = Callable[..., None]
 
-_MAX_MESSAGE = 2**16
+_MAX_MESSAGE = 2**16  # bytes; a longer one would be cut off
+_MAX_REASON = 2000
 # Sent by terminals and schedulers to whole process groups: the rank decides what becomes of the run, not its encoder.
 _SIGNALS_OF_THE_RANK = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def turns(keys: Sequence[str], num_ranks: int) -> dict[str, tuple[str, ...]]:
-    """Which videos are decoded once `key` is finished, the r-th of them by rank r: every `num_ranks`, and the rest at the end."""
+    """After which video which are decoded, the r-th of them by rank r: after every `num_ranks`, and the rest after the last."""
     batches = [tuple(keys[start : start + num_ranks]) for start in range(0, len(keys), num_ranks)]
     return {batch[-1]: batch for batch in batches}
 
@@ -61,7 +61,7 @@ class _Reply:
 
     key: str
     reason: str = ""  # why there is no MP4; empty if there is one
-    errno: int = 0  # of the disk or the system, if it was theirs
+    number: int = 0  # errno, if the system refused it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,7 @@ class Encoder:
             try:
                 socket.send_fds(self.channel, [pickle.dumps(job)], [descriptor])
             except (BrokenPipeError, ConnectionResetError):
-                raise self._death() from None
+                self._hear(0)  # raises: what it said last, or that it is gone
 
     def drain(self) -> None:
         """Return when all MP4s are written. Raises OSError, naming the video, if one could not be."""
@@ -96,10 +96,10 @@ class Encoder:
                 raise self._death()
             reply: _Reply = pickle.loads(message)
             self.keys.remove(reply.key)
-            if reply.errno:
-                raise OSError(reply.errno, f"{reply.key}: {reply.reason}")
+            if reply.number:
+                raise OSError(reply.number, f"{reply.key}: {reply.reason}")
             if reply.reason:
-                raise ChildProcessError(f"{reply.key}: no MP4 written: {reply.reason}; its latents are kept for the next submit")
+                raise ChildProcessError(f"{reply.key}: no MP4 written: {reply.reason}; its latents are kept")
 
     def _death(self) -> ChildProcessError:
         code = self.process.wait(LAST_VIDEO_SECONDS)
@@ -136,7 +136,7 @@ def _start(descriptor: int) -> subprocess.Popen[bytes]:
     Not multiprocessing's spawn, which runs the caller's main module again and keeps a second process to track names.
     """
     paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    # -P: what lies in the working directory is imported only if it is here
+    # -P: what lies in the working directory is imported only where it is for the rank
     command = [sys.executable, "-P", "-c", f"from ipt2v.delivery import serve; serve({descriptor})"]
     # The mask is inherited, so that there is no moment in which a signal ends the process.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS_OF_THE_RANK)
@@ -154,7 +154,7 @@ def serve(descriptor: int) -> None:
         write, message = None, _receive(channel)
         if message:
             write = pickle.loads(message)
-        # hung up with jobs still waiting: nobody would hear how they went
+        # When the rank has hung up, jobs may still wait: they are dropped, nobody would hear how they went.
         while write is not None and not _events(channel) & select.POLLHUP:
             message, descriptors, _, _ = socket.recv_fds(channel, _MAX_MESSAGE, 1)
             if not message:
@@ -167,19 +167,17 @@ def serve(descriptor: int) -> None:
 
 
 def _encode(write: Write, job: _Job, descriptor: int) -> _Reply:
+    frames_THWC = _mapped(descriptor, job.shape_THWC)
+    os.close(descriptor)
     try:
-        write(job.path, _mapped(descriptor, job.shape_THWC), fps=job.fps)
-    except OSError as error:
-        # av's errors are OSErrors too, some with numbers of FFmpeg's own
-        number = error.errno if error.errno in errno.errorcode else 0
-        return _Reply(key=job.key, reason=_one_line(error.strerror if number and not error.filename else error), errno=number or 0)
+        write(job.path, frames_THWC, fps=job.fps)
     except Exception as error:  # told to the rank, which raises it
-        return _Reply(key=job.key, reason=f"{type(error).__name__}: {_one_line(error)}")
+        if isinstance(error, OSError) and (error.errno or 0) in errno.errorcode:  # FFmpeg's have numbers of their own
+            place = f": {error.filename}" if error.filename else ""
+            return _Reply(key=job.key, reason=f"{error.strerror}{place}", number=error.errno or 0)
+        text = " ".join(str(error).split())[:_MAX_REASON]
+        return _Reply(key=job.key, reason=f"{type(error).__name__}: {text}")
     return _Reply(key=job.key)
-
-
-def _one_line(text: Any) -> str:
-    return " ".join(str(text).split()) or "no reason given"
 
 
 @contextmanager

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ipt2v import hdf5
 from ipt2v.answers import answer_all
 from ipt2v.atomic import write_text
 from ipt2v.config import RunConfig
+from ipt2v.delivery import Encoder, background_encoder, turns
 from ipt2v.mp4 import write_mp4
 from ipt2v.parallel import Group, group_from_environment
 from ipt2v.records import Failure, Item, Made, Provenance, VideoLatents
 from ipt2v.run_dir import STAGES, VERIFY_SPLIT, Environment, RunDir, seal_shard
 from ipt2v.version import code_version, package_versions
+
+if TYPE_CHECKING:
+    from ipt2v.stages.video import VideoStage
 
 log = logging.getLogger(__name__)
 
@@ -132,20 +137,72 @@ def _make_videos(work: _Work, group: Group) -> None:
     from ipt2v.stages import video
 
     _quiet_libraries()
-    stage = video.load(work.config, work.weights_dir, group)
-    digest = work.environment.run_digest
-    if group.is_first:
-        for key in undecoded:
-            path = work.run.record_path("video", work.shard, key)
-            _deliver(work, stage, hdf5.load_video_latents(path, key, run_digest=digest))
-    paths = work.run.record_paths("first_frame", work.shard, todo)
-    first_frames = (hdf5.load_first_frame(paths[key], key, run_digest=digest) for key in todo)
-    for made in stage.make(first_frames):
+    with background_encoder(partial(write_mp4, crf=work.config.video.crf)) as encoder:
+        stage = video.load(work.config, work.weights_dir, group)
+        _deliver(_Delivery(work=work, group=group, stage=stage, encoder=encoder), undecoded, todo)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Delivery:
+    """What turns first frames into latents and latents into MP4s, on one of the ranks."""
+
+    work: _Work
+    group: Group
+    stage: VideoStage
+    encoder: Encoder
+
+    def own(self, batch: tuple[str, ...]) -> tuple[str, ...]:
+        """The video of a batch that this rank decodes, if there is one for it."""
+        return batch[self.group.rank : self.group.rank + 1]
+
+    def deliver(self, records: Iterable[VideoLatents]) -> None:
+        for latents in records:
+            self.encoder.hand_over(self.stage.decode(latents), self.work.run.mp4_path(latents.key))
+
+
+def _deliver(delivery: _Delivery, undecoded: tuple[str, ...], todo: tuple[str, ...]) -> None:
+    _decode_lost(delivery, undecoded)
+    _animate(delivery, todo)
+    _together(delivery.group, delivery.encoder.drain)  # nobody seals before all MP4s are there
+
+
+def _decode_lost(delivery: _Delivery, undecoded: tuple[str, ...]) -> None:
+    """Deliver what an earlier run has denoised and no more."""
+    work, batches = delivery.work, turns(undecoded, delivery.group.world_size).values()
+    keys, digest = [key for batch in batches for key in delivery.own(batch)], work.environment.run_digest
+    paths = work.run.record_paths("video", work.shard, keys)
+    records = (hdf5.load_video_latents(paths[key], key, run_digest=digest) for key in keys)
+    _together(delivery.group, partial(delivery.deliver, records))
+
+
+def _animate(delivery: _Delivery, todo: tuple[str, ...]) -> None:
+    """Make latents, one video after the other on all ranks; in between each rank decodes one of those that are finished."""
+    work, group = delivery.work, delivery.group
+    paths, batches = work.run.record_paths("first_frame", work.shard, todo), turns(todo, group.world_size)
+    first_frames = (hdf5.load_first_frame(paths[key], key, run_digest=work.environment.run_digest) for key in todo)
+    finished: dict[str, VideoLatents] = {}
+    for made in delivery.stage.make(first_frames):
+        key = made.record.key
+        finished[key] = made.record
         if group.is_first:
-            key = made.record.key
             hdf5.save_video_latents(work.run.part_path("video", key), made.record, work.provenance(made, group))
-            _deliver(work, stage, made.record)
             log.info("video %s %.1f s", key, made.seconds)
+        if key in batches:
+            group.meet()  # the record comes first: no MP4 before its latents are on the disk
+            _together(group, partial(delivery.deliver, [finished[one] for one in delivery.own(batches[key])]))
+            finished.clear()
+
+
+def _together(group: Group, act: Callable[[], None]) -> None:
+    """Do this rank's part. An MP4 that one rank cannot deliver ends all of them, each with the reason."""
+    failure = None
+    try:
+        act()
+    except OSError as error:
+        failure = error
+    for one in group.gather(failure):
+        if one is not None:
+            raise one
 
 
 def _verify_split(work: _Work, group: Group) -> None:
@@ -192,8 +249,3 @@ def _recorded(work: _Work, stage: str) -> set[str]:
     for key, path in paths.items():
         hdf5.load_provenance(path, key, run_digest=work.environment.run_digest)
     return set(paths)
-
-
-def _deliver(work: _Work, stage: Any, latents: VideoLatents) -> None:
-    video = stage.decode(latents)
-    write_mp4(work.run.mp4_path(video.key), video.frames_THWC, fps=video.fps, crf=work.config.video.crf)

@@ -87,10 +87,16 @@ CHOICES = {
     "largest_component": True,
     "variant": "edit",
     "condition": "both",
+    "compile": "default",
     "scheduler": "dpm++",
     "remove_background": False,
+    "weights_sharding": "fsdp2",
+    "cpu_offload": True,
 }
-SMALL = parse_settings(RunConfig, {"name": "small", "testset": {"path": "here"}}, where="test")
+# zero3: without it, cpu_offload has no other legal value
+SMALL = parse_settings(
+    RunConfig, {"name": "small", "testset": {"path": "here"}, "video": {"weights_sharding": "zero3"}}, where="test"
+)
 LEAVES = [path for path, _ in leaves(RunConfig)]
 PIXELS = [path for path in LEAVES if path[0] not in ("name", "testset")]
 
@@ -216,6 +222,11 @@ def test_a_value_that_does_not_fit_names_file_key_and_value(file: Path, text: st
     file.write_text(MINIMAL + text)
     found = error_of(file)
     assert [word for word in (str(file), *words) if word not in found] == []
+
+
+def test_offloading_is_refused_to_all_but_zero3(file: Path) -> None:
+    file.write_text(MINIMAL + "video: {cpu_offload: true, weights_sharding: fsdp2}")
+    assert error_of(file).startswith(f"{file}: video: found cpu_offload with weights_sharding 'fsdp2', expected 'zero3'")
 
 
 def test_a_missing_key_says_so(file: Path) -> None:

@@ -14,7 +14,7 @@ LAYERS = (
     ("records", "atomic", "version", "prompts"),
     ("config", "manifest", "references"),
     ("testsets",),
-    ("answers", "hdf5", "mp4"),
+    ("answers", "delivery", "hdf5", "mp4"),
     ("run_dir",),
     ("package", "report"),
     ("xdit",),
@@ -25,7 +25,7 @@ LAYERS = (
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-FILES = {"answers", "atomic", "hdf5", "mp4", "run_dir", "package", "report", "testsets", "manifest"}
+FILES = {"answers", "atomic", "delivery", "hdf5", "mp4", "run_dir", "package", "report", "testsets", "manifest"}
 MAX_LINES, MAX_PARAMETERS = 40, 6
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -126,7 +126,7 @@ def test_only_run_knows_both_models_and_files() -> None:
         ("submitit", "launch/"),
         ("xfuser", "ipt2v/xdit.py"),
         ("typer", "launch/"),
-        ("deepspeed", "ipt2v/models/tensor_parallel.py"),
+        ("deepspeed", "ipt2v/models/deepspeed_start.py"),
     ],
 )
 def test_a_package_is_imported_in_its_own_place_only(package: str, allowed: str) -> None:
@@ -184,6 +184,7 @@ def test_every_signature_is_typed() -> None:
 
 BEFORE_A_JOB = (
     *("ipt2v.records", "ipt2v.config", "ipt2v.run_dir", "ipt2v.package", "ipt2v.report", "ipt2v.models.catalogue"),
+    "ipt2v.models.vace.memory",
     *("launch.cli", "launch.plan", "launch.freeze", "launch.progress", "launch.queue", "launch.submit", "launch.demo"),
 )
 

@@ -175,6 +175,7 @@ def test_latents_equal_the_pipelines_bit_for_bit(
         ("32x80x13", {"num_inference_steps": 6}),
         ("16x16x5", {"num_inference_steps": 1}),
         ("48x32x9", {"model": SMALL_MODEL}),
+        ("64x48x9", {"speed": {"fuse_qkv": True, "best_attention": True}}),
         ("48x32x9", {"dtype": "bfloat16"}),  # with a float32 VAE, as the published weights are run
         ("48x32x5", {"dtype": "bfloat16", "vae_dtype": "bfloat16", "conditioning_scale": 0.3}),
     ],
@@ -231,6 +232,18 @@ def test_latents_from_a_reference_equal_the_pipelines_bit_for_bit(
         ).frames[0]
     assert_same_bits(latents_CTHW, np.asarray(expected)[:, 1:])  # the pipeline leaves the reference's latent frame in front
     assert latents_CTHW.shape[1] == (config.num_frames - 1) // 4 + 1
+
+
+def test_the_step_cache_saves_steps_and_forgets_each_video(animators, first_frames: FirstFrames) -> None:
+    rule = {"threshold": 10.0, "num_first_blocks": 1, "warmup_steps": 2, "max_skips": 1}
+    exact = settings(num_inference_steps=6)
+    cached = settings(num_inference_steps=6, step_cache=rule)
+    first_frame, other = first_frames(exact), replace(first_frames(exact), image_HWC=picture(48, 32, seed=7))
+    animator = animators(cached)
+    latents_CTHW = animator.animate(first_frame, SEED)
+    animator.animate(other, SEED + 1)
+    assert_same_bits(animator.animate(first_frame, SEED), latents_CTHW)
+    assert not np.array_equal(latents_CTHW, animators(exact).animate(first_frame, SEED))
 
 
 def test_a_record_without_a_first_frame_cannot_be_animated_from_one(animator: Animator, first_frames: FirstFrames) -> None:

@@ -1,11 +1,8 @@
-"""A transformers model cut into slices, one for each rank, by DeepSpeed. The one file that imports deepspeed; knows no text."""
+"""A transformers model cut into slices, one for each rank, by DeepSpeed. Knows no text."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig
+
+from ipt2v.models.deepspeed_start import is_installed, running_deepspeed
 
 
 def check_slices(folder: Path, num_ranks: int) -> None:
@@ -26,7 +25,7 @@ def check_slices(folder: Path, num_ranks: int) -> None:
             f"{num_ranks} ranks do not divide the {heads} attention heads and the {key_value_heads} key-value heads of "
             f"{folder.name}; use one of {legal}"
         )
-    if importlib.util.find_spec("deepspeed") is None:
+    if not is_installed():
         raise ValueError(
             f"{folder.name} on {num_ranks} ranks needs deepspeed, which is not installed; "
             "pip install 'ipt2v[shard]', or use one rank"
@@ -41,14 +40,7 @@ def own_slice(model: Any, device: torch.device) -> Any:
     (embedding, norms), after the last one (`.to(device)` in inference/engine.py).
     """
     buffers = dict(model.named_buffers())
-    with redirect_stdout(sys.stderr):  # it prints, and its logger keeps the stdout of its import
-        import deepspeed
-
-        if device.type == "cpu":
-            # DeepSpeed 0.19.8 would compile an all-reduce over shared memory with g++, and end in a segmentation fault in it
-            # where LOCAL_SIZE is not in the environment. With no compiled operator declared usable, gloo does it.
-            deepspeed.ops.__compatible_ops__ = {}
-        deepspeed.init_distributed(dist_backend=dist.get_backend())  # it wraps torch's group, which is there already
+    with running_deepspeed(device) as deepspeed:
         sliced = deepspeed.init_inference(model, config=_config(model.dtype)).module
     # It casts everything to model.dtype; but rotary frequencies are float32: in bfloat16, position 1000 is off by up to 2.
     for name, buffer in buffers.items():

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ipt2v.config import RunConfig, VideoConfig
-from ipt2v.models.vace.load import agreed_split, load_animator
+from ipt2v.models.vace.engine import agreed_split
+from ipt2v.models.vace.load import load_animator
 from ipt2v.parallel import Group, release
 from ipt2v.records import FirstFrame, item_seed
 
@@ -39,6 +40,7 @@ def check_split(first_frame: FirstFrame, config: RunConfig, weights_dir: Path, g
     """The check on rank 0, None on the others. To be called on all ranks."""
     settings = config.video.model_copy(update={"num_inference_steps": min(MAX_STEPS, config.video.num_inference_steps)})
     folder, seed = weights_dir / settings.model, item_seed(config.seed, first_frame.key, "video")
+    split = agreed_split(folder, settings, group, None)  # on all ranks: they compare their GPUs' memory
     found, seconds_split = _animate(folder, settings, group, first_frame, seed)
     if not group.is_first:
         return None
@@ -49,7 +51,7 @@ def check_split(first_frame: FirstFrame, config: RunConfig, weights_dir: Path, g
         key=first_frame.key,
         num_ranks=group.world_size,
         num_nodes=group.num_nodes,
-        split=str(agreed_split(folder, settings, group, None)),
+        split=str(split),
         dtype=settings.dtype,
         device=str(group.device),
         num_inference_steps=settings.num_inference_steps,

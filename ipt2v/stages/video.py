@@ -31,7 +31,7 @@ class VideoStage:
             yield Made(record=record, seed=seed, seconds=time.monotonic() - start)
 
     def decode(self, latents: VideoLatents) -> Video:
-        """The video that latents hold; on one rank."""
+        """The video that latents hold; on any one rank, without the others."""
         frames_THWC = self.animator.decode(latents.latents_CTHW)
         return Video(key=latents.key, frames_THWC=frames_THWC, fps=self.config.video.fps)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from diffusers import AutoencoderKLWan, DPMSolverMultistepScheduler, UniPCMultistepScheduler, WanVACETransformer3DModel
+from diffusers import AutoencoderKLWan, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from numpy.typing import NDArray
 
 from ipt2v.config import VideoConfig
@@ -27,15 +25,11 @@ from ipt2v.models.vace.condition import (
     fit,
     letterbox,
 )
-from ipt2v.models.vace.degrees import Degrees, check_degrees, degrees
+from ipt2v.models.vace.degrees import Degrees
 from ipt2v.models.vace.denoise import Guidance, Progress, Scheduler, denoise, guided_velocity, unheard
-from ipt2v.models.vace.hints import make_hints_lazy
-from ipt2v.models.vace.ring import choose_kernel
-from ipt2v.models.vace.split import parallelise
+from ipt2v.models.vace.engine import agreed_split, load_engine
 from ipt2v.parallel import Group
 from ipt2v.records import FirstFrame
-
-log = logging.getLogger(__name__)
 
 
 class Animate(Protocol):
@@ -58,14 +52,12 @@ def load_animator(folder: Path, settings: VideoConfig, group: Group, split: Degr
     The ranks are split as degrees() says, unless a split is named. Raises ValueError if they cannot share the model.
     """
     device, dtype = group.device, getattr(torch, settings.dtype)
-    split = agreed_split(folder, settings, group, split)
-    transformer, pair = load_transformer(folder, dtype, group, split)
+    engine = load_engine(folder, settings, group, agreed_split(folder, settings, group, split))
     vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=getattr(torch, settings.vae_dtype)).eval().to(device)
     scheduler = load_scheduler(folder, settings.scheduler, settings.flow_shift)
     with torch.inference_mode():
-        empty_latents = encode(
-            vae, empty_video(settings.num_frames, width=settings.width, height=settings.height)[0].to(device)
-        )
+        empty_BCTHW, _ = empty_video(settings.num_frames, width=settings.width, height=settings.height)
+        empty_latents = encode(vae, empty_BCTHW.to(device))  # once, for all videos
     group.meet()  # one rank may have read its weights many minutes before another
 
     @torch.inference_mode()
@@ -78,9 +70,11 @@ def load_animator(folder: Path, settings: VideoConfig, group: Group, split: Degr
             conditioning_scale=settings.conditioning_scale,
             guidance_scale=settings.guidance_scale,
         )
-        velocity = guided_velocity(transformer, guidance, pair)
-        noise_BCthw = draw_noise(settings, transformer.config.in_channels, seed, num_references=len(references)).to(device)
-        latents_BCthw = denoise(velocity, scheduler, noise_BCthw, settings.num_inference_steps, progress)
+        num_channels = engine.transformer.config.in_channels
+        noise_BCthw = draw_noise(settings, num_channels, seed, num_references=len(references)).to(device)
+        velocity = guided_velocity(engine.transformer, guidance, engine.pair)
+        with engine.video():
+            latents_BCthw = denoise(velocity, scheduler, noise_BCthw, settings.num_inference_steps, progress)
         return latents_BCthw[0, :, len(references) :].cpu().numpy()  # the references' own latents are no frames
 
     @torch.inference_mode()
@@ -88,34 +82,6 @@ def load_animator(folder: Path, settings: VideoConfig, group: Group, split: Degr
         return decode(vae, torch.from_numpy(latents_CTHW)[None].to(device))
 
     return Animator(animate=animate, decode=decode_latents)
-
-
-def agreed_split(folder: Path, settings: VideoConfig, group: Group, named: Degrees | None) -> Degrees:
-    """The split of a group's ranks: the named one, checked, or the best one."""
-    num_heads = WanVACETransformer3DModel.load_config(folder / "transformer")["num_attention_heads"]
-    guided = settings.guidance_scale > 1
-    if named is None:
-        return degrees(group.world_size, group.num_nodes, num_heads, guided=guided)
-    check_degrees(named, group.world_size, num_heads, guided=guided, num_nodes=group.num_nodes)
-    return named
-
-
-def load_transformer(
-    folder: Path, dtype: torch.dtype, group: Group, split: Degrees
-) -> tuple[WanVACETransformer3DModel, dist.ProcessGroup | None]:
-    """VACE's transformer over the ranks of a split, its hints one at a time; and the CFG pair, if the split has one."""
-    subgroups = group.split(cfg=split.cfg, ulysses=split.ulysses, ring=split.ring) if group.world_size > 1 else None
-    transformer = WanVACETransformer3DModel.from_pretrained(folder / "transformer", dtype=dtype).eval().to(group.device)
-    make_hints_lazy(transformer)
-    if subgroups is None:
-        return transformer, None
-    kernel = choose_kernel(group.device, dtype)
-    if split.sequence > 1:
-        parallelise(transformer, subgroups, kernel)
-    if group.is_first:
-        ring = f", ring attention by {kernel.name}" if split.ring > 1 else ""
-        log.info("video on %d ranks, %d nodes: %s%s", group.world_size, group.num_nodes, split, ring)
-    return transformer, subgroups.cfg if split.cfg == 2 else None
 
 
 def load_scheduler(folder: Path, name: Literal["unipc", "dpm++"], flow_shift: float) -> Scheduler:

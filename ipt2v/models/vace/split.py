@@ -71,9 +71,10 @@ class SplitAttention:
     def __call__(self, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         ulysses = self.split.groups.ulysses
         rotary = kwargs["rotary_emb"] if "rotary_emb" in kwargs else args[2]
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        key = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
-        value = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        query, key, value = projections(attn, hidden_states)
+        query = attn.norm_q(query).unflatten(2, (attn.heads, -1))
+        key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
+        value = value.unflatten(2, (attn.heads, -1))
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         swapped = [tokens_for_heads(tensor, ulysses).transpose(1, 2) for tensor in (query, key, value)]
         output = heads_for_tokens(self.attention(*swapped).transpose(1, 2), ulysses)
@@ -87,6 +88,13 @@ class SplitAttention:
         valid = num_valid_keys(length, key_BnLD.shape[2], dist.get_world_size(ring))
         output = ring_attention(query_BnLD, torch.stack([key_BnLD, value_BnLD]), valid, ring, self.kernel.attend)
         return output.type_as(query_BnLD)  # before the swap back: what goes over the wire is in the model's dtype
+
+
+def projections(attn: Any, hidden_BsC: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Query, key and value, in one product if fuse_qkv has joined their weights."""
+    if attn.fused_projections:
+        return attn.to_qkv(hidden_BsC).chunk(3, dim=-1)
+    return attn.to_q(hidden_BsC), attn.to_k(hidden_BsC), attn.to_v(hidden_BsC)
 
 
 def rotate(x_BsND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
