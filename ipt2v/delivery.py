@@ -6,9 +6,10 @@ Knows nothing of torch, models or run folders; the process imports what writes a
 from __future__ import annotations
 
 import errno
+import importlib
+import json
 import mmap
 import os
-import pickle
 import select
 import signal
 import socket
@@ -17,8 +18,10 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +33,7 @@ MAX_WAITING = 2
 # What an encoder may take to finish its video when the run breaks off; 480p takes about 15 s.
 LAST_VIDEO_SECONDS = 60
 
-# (path, frames [T,H,W,3] uint8 RGB, fps=) writes an MP4; pickled by its name, so it must be importable
+# (path, frames [T,H,W,3] uint8 RGB, fps=, ...) writes an MP4; the process finds it by its name, so it must be importable
 Write = Callable[..., None]
 
 _MAX_MESSAGE = 2**16  # bytes; a longer one would be cut off
@@ -50,7 +53,7 @@ class _Job:
     """One MP4 to write. The frames come beside it, as the descriptor of the memory that holds them."""
 
     key: str
-    path: Path
+    path: str
     shape_THWC: tuple[int, ...]
     fps: int
 
@@ -76,11 +79,11 @@ class Encoder:
         """Have the video written; waits while MAX_WAITING others wait. Raises OSError if an earlier one could not be."""
         self._hear(MAX_WAITING)
         frames = video.frames_THWC
-        job = _Job(key=video.key, path=path, shape_THWC=frames.shape, fps=video.fps)
+        job = _Job(key=video.key, path=str(path), shape_THWC=frames.shape, fps=video.fps)
         self.keys.append(video.key)
         with _shared(frames) as descriptor:
             try:
-                socket.send_fds(self.channel, [pickle.dumps(job)], [descriptor])
+                socket.send_fds(self.channel, [_packed(asdict(job))], [descriptor])
             except (BrokenPipeError, ConnectionResetError):
                 self._hear(0)  # raises: what it said last, or that it is gone
 
@@ -94,7 +97,7 @@ class Encoder:
             message = _receive(self.channel)
             if not message:
                 raise self._death()
-            reply: _Reply = pickle.loads(message)
+            reply = _Reply(**json.loads(message))
             self.keys.remove(reply.key)
             if reply.number:
                 raise OSError(reply.number, f"{reply.key}: {reply.reason}")
@@ -108,8 +111,8 @@ class Encoder:
 
 
 @contextmanager
-def background_encoder(write: Write) -> Iterator[Encoder]:
-    """A process that calls `write` for each video handed over; all are written when the block ends well.
+def background_encoder(write: Write, **settings: float) -> Iterator[Encoder]:
+    """A process that calls `write` with `settings` for each video handed over; all are written when the block ends well.
 
     When it does not, the MP4 in work is finished and those that wait are dropped: the next run decodes them again.
     """
@@ -117,7 +120,7 @@ def background_encoder(write: Write) -> Iterator[Encoder]:
     with theirs:
         process = _start(theirs.fileno())
     try:
-        ours.send(pickle.dumps(write))
+        ours.send(_packed({"module": write.__module__, "name": write.__name__, "settings": settings}))
         encoder = Encoder(process=process, channel=ours)
         yield encoder
         encoder.drain()
@@ -153,15 +156,16 @@ def serve(descriptor: int) -> None:
     with socket.socket(fileno=descriptor) as channel:
         write, message = None, _receive(channel)
         if message:
-            write = pickle.loads(message)
+            told = json.loads(message)
+            write = partial(getattr(importlib.import_module(told["module"]), told["name"]), **told["settings"])
         # When the rank has hung up, jobs may still wait: they are dropped, nobody would hear how they went.
         while write is not None and not _events(channel) & select.POLLHUP:
             message, descriptors, _, _ = socket.recv_fds(channel, _MAX_MESSAGE, 1)
             if not message:
                 return
-            reply = _encode(write, pickle.loads(message), descriptors[0])
+            reply = _encode(write, _Job(**json.loads(message)), descriptors[0])
             try:
-                channel.send(pickle.dumps(reply))
+                channel.send(_packed(asdict(reply)))
             except BrokenPipeError:
                 return
 
@@ -170,7 +174,7 @@ def _encode(write: Write, job: _Job, descriptor: int) -> _Reply:
     frames_THWC = _mapped(descriptor, job.shape_THWC)
     os.close(descriptor)
     try:
-        write(job.path, frames_THWC, fps=job.fps)
+        write(Path(job.path), frames_THWC, fps=job.fps)
     except Exception as error:  # told to the rank, which raises it
         if isinstance(error, OSError) and (error.errno or 0) in errno.errorcode:  # FFmpeg's have numbers of their own
             place = f": {error.filename}" if error.filename else ""
@@ -199,6 +203,10 @@ def _shared(frames: NDArray[np.uint8]) -> Iterator[int]:
 def _mapped(descriptor: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """The memory as an array, which owns the mapping. The descriptor is not needed any more."""
     return np.frombuffer(mmap.mmap(descriptor, 0), dtype=np.uint8).reshape(shape)
+
+
+def _packed(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode()
 
 
 def _receive(channel: socket.socket) -> bytes:

@@ -137,7 +137,7 @@ def _make_videos(work: _Work, group: Group) -> None:
     from ipt2v.stages import video
 
     _quiet_libraries()
-    with background_encoder(partial(write_mp4, crf=work.config.video.crf)) as encoder:
+    with background_encoder(write_mp4, crf=work.config.video.crf) as encoder:
         stage = video.load(work.config, work.weights_dir, group)
         _deliver(_Delivery(work=work, group=group, stage=stage, encoder=encoder), undecoded, todo)
 

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,7 +75,7 @@ def held_frames(pid: int | str) -> list[str]:
 def test_the_process_writes_the_same_bytes_whatever_the_order(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         write_mp4(tmp_path / f"here{number}.mp4", video(number).frames_THWC, fps=FPS, crf=18)
-    with background_encoder(partial(write_mp4, crf=18)) as encoder:
+    with background_encoder(write_mp4, crf=18) as encoder:
         for number in (3, 1, 2):
             encoder.hand_over(video(number), tmp_path / f"there{number}.mp4")
     for number in (1, 2, 3):
@@ -129,7 +128,7 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(FileExistsError, match=f"id001/prompt1: File exists: {tmp_path}/file"),
-        background_encoder(partial(write_mp4, crf=18)) as encoder,
+        background_encoder(write_mp4, crf=18) as encoder,
     ):
         encoder.hand_over(video(1), tmp_path / "file" / "1.mp4")
 
@@ -427,7 +426,7 @@ class background_encoders:
     """One for each rank."""
 
     def __init__(self, num_ranks: int) -> None:
-        self.contexts = [background_encoder(partial(write_mp4, crf=18)) for _ in range(num_ranks)]
+        self.contexts = [background_encoder(write_mp4, crf=18) for _ in range(num_ranks)]
 
     def __enter__(self) -> list[Encoder]:
         return [context.__enter__() for context in self.contexts]

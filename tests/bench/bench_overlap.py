@@ -85,15 +85,14 @@ def rank(form: str, root: str, speedup: float) -> None:
     from ipt2v import run as running
     from ipt2v.parallel import group_from_environment
 
-    write = partial(write_slowly, seconds=MP4_SECONDS / speedup)
-    with group_from_environment() as group, background_encoder(write) as encoder:
+    with group_from_environment() as group, background_encoder(write_slowly, seconds=MP4_SECONDS / speedup) as encoder:
         work, stage = running._open(RunDir(Path(root)), "video", 0), StandIn(group, speedup)
         undecoded, todo = group.from_first(running._videos_to_make(work))
         time.sleep(1)  # the encoder is up
         group.meet()
         start = time.monotonic()
         if form == "alone":
-            alone(work, group, stage, todo, write)
+            alone(work, group, stage, todo, partial(write_slowly, seconds=MP4_SECONDS / speedup))
         else:
             running._deliver(running._Delivery(work=work, group=group, stage=stage, encoder=encoder), undecoded, todo)
         wall = time.monotonic() - start
