@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from ipt2v.models.vace.degrees import Degrees
+    from ipt2v.models.vace.memory import MemoryGb
     from ipt2v.run_dir import RunDir
     from launch.cluster import Cluster
     from launch.freeze import Prepared
@@ -70,7 +71,8 @@ def plan(
         resources = site.resources(submission.stage)
         ranks = f"{1 if on == Place.here else resources.num_tasks} ranks per element"
         if submission.stage == "video" and on != Place.here:
-            ranks += f" ({_split(prepared, site)})"
+            split, need = _split(prepared, site)
+            ranks += f" ({split}; at least {need} on each)"
         waits = f", element i after element i of array {number - 1}" if submission.after else ""
         print(f"\narray {number}: {submission.stage}, shards {ranges(submission.shards)}, {ranks}{waits}")
         if on == Place.slurm:
@@ -354,14 +356,16 @@ def _todo(prepared: Prepared, site: Cluster, on: Place) -> tuple[Submission, ...
     return plan_submissions(prepared.counts(), busy)
 
 
-def _split(prepared: Prepared, site: Cluster) -> Degrees:
-    """How the ranks of a video element share it. Raises ValueError, with what would do, if they cannot."""
-    from ipt2v.models.catalogue import num_attention_heads
+def _split(prepared: Prepared, site: Cluster) -> tuple[Degrees, MemoryGb]:
+    """How the ranks of a video element share it, and what each holds. Raises ValueError, with what would do, if they cannot."""
+    from ipt2v.models.catalogue import transformer_sizes
     from ipt2v.models.vace.degrees import degrees
+    from ipt2v.models.vace.memory import memory_gb
 
-    num_heads = num_attention_heads(Path(prepared.environment.weights_dir), prepared.config)
+    sizes = transformer_sizes(Path(prepared.environment.weights_dir), prepared.config)
     guided = prepared.config.video.guidance_scale > 1
-    return degrees(site.video.num_tasks, site.video.nodes, num_heads, guided=guided)
+    split = degrees(site.video.num_tasks, site.video.nodes, sizes["num_attention_heads"], guided=guided)
+    return split, memory_gb(sizes, prepared.config.video, split)
 
 
 def _start(run: RunDir, site: Cluster, todo: tuple[Submission, ...], on: Place, *, wait: bool) -> list[str]:

@@ -21,6 +21,22 @@ from launch.freeze import freeze, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_HEADS = 4
+VACE_14B = {  # transformer/config.json of Wan2.1-VACE-14B-diffusers
+    "added_kv_proj_dim": None,
+    "attention_head_dim": 128,
+    "cross_attn_norm": True,
+    "ffn_dim": 13824,
+    "freq_dim": 256,
+    "image_dim": None,
+    "in_channels": 16,
+    "num_attention_heads": 40,
+    "num_layers": 40,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "text_dim": 4096,
+    "vace_in_channels": 96,
+    "vace_layers": [0, 5, 10, 15, 20, 25, 30, 35],
+}
 
 
 def write_tree(folder: Path, identities: tuple[str, ...] = ("id001", "id002"), num_prompts: int = 2) -> Path:
@@ -43,7 +59,8 @@ def write_fake_weights(folder: Path, num_heads: int = NUM_HEADS) -> Path:
     for role, name in folders(config).items():
         for path in needed_files(role, folder / name, config):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"num_attention_heads": num_heads, "of": f"{role} {path.name}"}), encoding="utf-8")
+            sizes = VACE_14B | {"num_attention_heads": num_heads, "of": f"{role} {path.name}"}
+            path.write_text(json.dumps(sizes), encoding="utf-8")
         fakes = [path.relative_to(folder / name).as_posix() for path in needed_files(role, folder / name, config)]
         write_record(folder / name, Record(files=dict.fromkeys(fakes)))  # they are neither as published nor tensors
     return folder

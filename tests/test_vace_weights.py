@@ -21,6 +21,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import WanVACETransformer3DModel
+from helpers import VACE_14B
 from safetensors.torch import load_file, save_file
 
 from ipt2v.config import VideoConfig
@@ -38,23 +39,7 @@ MODEL = "Wan2.1-VACE-14B-diffusers"
 NUM_RANKS, RANKS_PER_NODE = 4, 2
 ALONE = Group(rank=0, world_size=1, num_nodes=1, device=torch.device("cpu"))
 
-# transformer/config.json as published: of Wan-AI/Wan2.1-VACE-14B-diffusers, and what is different in the 1.3B one
-VACE_14B = {
-    "added_kv_proj_dim": None,
-    "attention_head_dim": 128,
-    "cross_attn_norm": True,
-    "ffn_dim": 13824,
-    "freq_dim": 256,
-    "image_dim": None,
-    "in_channels": 16,
-    "num_attention_heads": 40,
-    "num_layers": 40,
-    "out_channels": 16,
-    "patch_size": [1, 2, 2],
-    "text_dim": 4096,
-    "vace_in_channels": 96,
-    "vace_layers": [0, 5, 10, 15, 20, 25, 30, 35],
-}
+# what is different in the 1.3B model's transformer/config.json
 VACE_1_3B = VACE_14B | {"ffn_dim": 8960, "num_attention_heads": 12, "num_layers": 30, "vace_layers": list(range(0, 30, 2))}
 
 Found = list[dict[str, Any]]  # of each rank

@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ipt2v.config import RunConfig
 from ipt2v.models.faces import PACK_FILES, pack_folder
@@ -162,10 +163,11 @@ def _shards(index: Path) -> list[str]:
         raise ValueError(f"weights file {index} {problem}") from None
 
 
-def num_attention_heads(weights_dir: Path, config: RunConfig) -> int:
-    """Heads of the video transformer, as its config.json has them."""
+def transformer_sizes(weights_dir: Path, config: RunConfig) -> dict[str, Any]:
+    """The config.json of the video transformer."""
     path = weights_dir / config.video.model / "transformer" / "config.json"
-    return int(json.loads(path.read_text(encoding="utf-8"))["num_attention_heads"])
+    sizes: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return sizes
 
 
 EDGE_BYTES = 1 << 20
