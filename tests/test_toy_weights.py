@@ -31,6 +31,7 @@ VACE_FILES = [
 ]
 HYPERLORA = "hyper_lora/hyper_lora/sdxl_hyper_id_lora_v1_"
 FILES = {
+    "antelopev2": ["2d106det.onnx", "TOY.txt", "genderage.onnx", "glintr100.onnx", "scrfd_10g_bnkps.onnx"],
     "HRNetV2-W48": ["TOY.txt", "hrnet_lip_5583_torch04.pth"],
     "HyperLoRA": [
         "TOY.txt",
@@ -48,7 +49,6 @@ FILES = {
             )
         ),
     ],
-    "antelopev2": ["2d106det.onnx", "TOY.txt", "genderage.onnx", "glintr100.onnx", "scrfd_10g_bnkps.onnx"],
     "Qwen3-8B": [
         "TOY.txt",
         "config.json",
