@@ -163,7 +163,7 @@ def test_the_seed_decides_every_byte_and_the_callers_random_state_is_left_alone(
     write_toy_weights(tmp_path / "again", seed=1)
     for name, files in FILES.items():
         # the toy detector finds its one face by design, not by chance
-        weights = [file for file in files if file.endswith((".safetensors", ".onnx")) and not file.startswith("scrfd")]
+        weights = [file for file in files if file.endswith((".safetensors", ".onnx", ".pth")) and not file.startswith("scrfd")]
         old, new = contents(toy_weights / name), contents(tmp_path / "again" / name)
         assert sorted(new) == sorted(old)
         assert all(new[file] != old[file] for file in weights)
