@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -49,6 +49,18 @@ class Group:
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def agree(self, act: Callable[[], T], kind: type[Exception]) -> T:
+        """What `act` gives on this rank. If it raises `kind` on one rank, all raise it: the others would wait for ever."""
+        failure: Exception | None = None
+        try:
+            found = [act()]
+        except kind as error:
+            failure = error
+        for one in self.gather(failure):
+            if one is not None:
+                raise one
+        return found[0]
 
     def meet(self) -> None:
         """Return when every rank is here.

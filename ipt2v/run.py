@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -163,7 +163,7 @@ class _Delivery:
 def _deliver(delivery: _Delivery, undecoded: tuple[str, ...], todo: tuple[str, ...]) -> None:
     _decode_lost(delivery, undecoded)
     _animate(delivery, todo)
-    _together(delivery.group, delivery.encoder.drain)  # nobody seals before all MP4s are there
+    delivery.group.agree(delivery.encoder.drain, OSError)  # nobody seals before all MP4s are there
 
 
 def _decode_lost(delivery: _Delivery, undecoded: tuple[str, ...]) -> None:
@@ -172,7 +172,7 @@ def _decode_lost(delivery: _Delivery, undecoded: tuple[str, ...]) -> None:
     keys, digest = [key for batch in batches for key in delivery.own(batch)], work.environment.run_digest
     paths = work.run.record_paths("video", work.shard, keys)
     records = (hdf5.load_video_latents(paths[key], key, run_digest=digest) for key in keys)
-    _together(delivery.group, partial(delivery.deliver, records))
+    delivery.group.agree(partial(delivery.deliver, records), OSError)
 
 
 def _animate(delivery: _Delivery, todo: tuple[str, ...]) -> None:
@@ -189,20 +189,9 @@ def _animate(delivery: _Delivery, todo: tuple[str, ...]) -> None:
             log.info("video %s %.1f s", key, made.seconds)
         if key in batches:
             group.meet()  # the record comes first: no MP4 before its latents are on the disk
-            _together(group, partial(delivery.deliver, [finished[one] for one in delivery.own(batches[key])]))
+            records = [finished[one] for one in delivery.own(batches[key])]
+            group.agree(partial(delivery.deliver, records), OSError)
             finished.clear()
-
-
-def _together(group: Group, act: Callable[[], None]) -> None:
-    """Do this rank's part. An MP4 that one rank cannot deliver ends all of them, each with the reason."""
-    failure = None
-    try:
-        act()
-    except OSError as error:
-        failure = error
-    for one in group.gather(failure):
-        if one is not None:
-            raise one
 
 
 def _verify_split(work: _Work, group: Group) -> None:

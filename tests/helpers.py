@@ -21,6 +21,20 @@ from launch.freeze import freeze, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_HEADS = 4
+SDXL_UNET = {  # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 VACE_14B = {  # transformer/config.json of Wan2.1-VACE-14B-diffusers
     "added_kv_proj_dim": None,
     "attention_head_dim": 128,

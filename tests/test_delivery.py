@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from ipt2v import hdf5
 from ipt2v.delivery import MAX_WAITING, Encoder, background_encoder, turns
 from ipt2v.mp4 import write_mp4
+from ipt2v.parallel import Group
 from ipt2v.records import FirstFrame, Made, Video, VideoLatents
 from ipt2v.run_dir import RunDir
 
@@ -331,6 +332,8 @@ class Thread:
         values = list(self.box)
         self.barrier.wait()
         return values
+
+    agree = Group.agree
 
     def meet(self) -> None:
         self.barrier.wait()

@@ -116,12 +116,13 @@ def conditions(image_HWC: np.ndarray, num_frames: int) -> dict[str, torch.Tensor
     return {"video": video_BTCHW, "mask": mask_BTCHW}
 
 
-def by_pipeline(pipeline: WanVACEPipeline, config: VideoConfig, image_HWC: np.ndarray, **inputs: Any) -> np.ndarray:
+def by_pipeline(pipeline: WanVACEPipeline, config: VideoConfig, image_HWC: np.ndarray | None, **inputs: Any) -> np.ndarray:
+    num_references = len(inputs.get("reference_images", ()))
     with torch.inference_mode():
         video = pipeline(
-            **conditions(image_HWC, config.num_frames),
+            **({} if image_HWC is None else conditions(image_HWC, config.num_frames)),
             **inputs,
-            latents=draw_noise(config, 16, SEED),
+            latents=draw_noise(config, 16, SEED, num_references=num_references),
             height=config.height,
             width=config.width,
             num_frames=config.num_frames,
@@ -214,23 +215,10 @@ def test_latents_from_a_reference_equal_the_pipelines_bit_for_bit(
 
     latents_CTHW = animators(config).animate(first_frame, SEED)
 
-    given: dict[str, Any] = conditions(first_frame.image_HWC, config.num_frames) if mode == "both" else {}
-    with torch.inference_mode():
-        expected = pipelines(config)(
-            **given,
-            reference_images=[Image.fromarray(first_frame.reference_HWC)],
-            **embeddings(config, first_frame),
-            latents=draw_noise(config, 16, SEED, num_references=1),
-            height=config.height,
-            width=config.width,
-            num_frames=config.num_frames,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            conditioning_scale=config.conditioning_scale,
-            max_sequence_length=config.max_text_tokens,
-            output_type="latent",
-        ).frames[0]
-    assert_same_bits(latents_CTHW, np.asarray(expected)[:, 1:])  # the pipeline leaves the reference's latent frame in front
+    references = [Image.fromarray(first_frame.reference_HWC)]
+    inputs = embeddings(config, first_frame) | {"reference_images": references, "output_type": "latent"}
+    expected = by_pipeline(pipelines(config), config, first_frame.image_HWC, **inputs)
+    assert_same_bits(latents_CTHW, expected[:, 1:])  # the pipeline leaves the reference's latent frame in front
     assert latents_CTHW.shape[1] == (config.num_frames - 1) // 4 + 1
 
 

@@ -12,30 +12,22 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from helpers import SDXL_UNET
 
 from ipt2v.models.hyperlora.network import IdentityLoRA
 from ipt2v.models.hyperlora.slots import Slots, install_slots
 
 NUM_STEPS, RANK = 20, 8
-SDXL_UNET = {  # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 
 
 def make_unet(device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:

@@ -16,7 +16,7 @@ from ipt2v.config import VideoConfig
 from ipt2v.models.vace.degrees import Degrees, check_degrees, degrees
 from ipt2v.models.vace.hints import make_hints_lazy
 from ipt2v.models.vace.memory import check_memory
-from ipt2v.models.vace.ring import choose_kernel
+from ipt2v.models.vace.ring import Kernel, choose_kernel
 from ipt2v.models.vace.sharding import load_weights
 from ipt2v.models.vace.speed import AttentionBackend, attention_backend, compile_blocks, fuse_qkv
 from ipt2v.models.vace.split import parallelise
@@ -76,8 +76,9 @@ def load_engine(folder: Path, settings: VideoConfig, group: Group, split: Degree
     if settings.speed.fuse_qkv:
         fuse_qkv(transformer)
     make_hints_lazy(transformer)
+    kernel = choose_kernel(group.device, getattr(torch, settings.dtype))
     if subgroups is not None and split.sequence > 1:
-        parallelise(transformer, subgroups, choose_kernel(group.device, getattr(torch, settings.dtype)))
+        parallelise(transformer, subgroups, kernel)
     cache = _cache(transformer, settings, subgroups)
     if settings.speed.compile != "off":
         compile_blocks(transformer, mode=settings.speed.compile)
@@ -91,9 +92,8 @@ def load_engine(folder: Path, settings: VideoConfig, group: Group, split: Degree
         speaks=group.is_first,
     )
     if group.is_first:
-        log.info(
-            "video on %d ranks, %d nodes: %s", group.world_size, group.num_nodes, ", ".join(_facts(settings, engine, split))
-        )
+        facts = ", ".join(_facts(settings, engine, split, kernel))
+        log.info("video on %d ranks, %d nodes: %s", group.world_size, group.num_nodes, facts)
     return engine
 
 
@@ -113,11 +113,11 @@ def _attention(transformer: WanVACETransformer3DModel, settings: VideoConfig, de
     )
 
 
-def _facts(settings: VideoConfig, engine: Engine, split: Degrees) -> Iterator[str]:
+def _facts(settings: VideoConfig, engine: Engine, split: Degrees, kernel: Kernel) -> Iterator[str]:
     """What the log should know of how videos are computed."""
     yield str(split)
     if split.ring > 1:
-        yield f"ring attention by {choose_kernel(engine.transformer.device, getattr(torch, settings.dtype)).name}"
+        yield f"ring attention by {kernel.name}"
     if settings.weights_sharding != "none":
         yield f"weights by {settings.weights_sharding}"
     if engine.attention is not None:

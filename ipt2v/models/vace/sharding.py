@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ipt2v.config import VideoConfig
 from ipt2v.models.deepspeed_start import is_installed, running_deepspeed
-from ipt2v.models.vace.weights import Checkpoint, Stored, agreed, dtype_of, empty_transformer, find_checkpoint, read_whole
+from ipt2v.models.vace.weights import Checkpoint, Stored, dtype_of, empty_transformer, find_checkpoint, read_whole
 from ipt2v.parallel import Group
 
 
@@ -32,7 +32,7 @@ def load_weights(folder: Path, settings: VideoConfig, group: Group) -> WanVACETr
         _check_ranks(settings, group)
         return find_checkpoint(folder, transformer)
 
-    checkpoint = agreed(group, find)
+    checkpoint = group.agree(find, ValueError)
     for name, buffer in list(transformer.named_buffers()):
         _put(transformer, name, buffer.to(group.device))
     if settings.weights_sharding == "none" or group.world_size == 1:

@@ -6,7 +6,7 @@ Which rank keeps what is in sharding.py. No tensor is in host memory twice, and 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -61,18 +61,6 @@ def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a parameter in a model of `dtype`: diffusers keeps some in float32, by a word of their name."""
     kept = set(WanVACETransformer3DModel._keep_in_fp32_modules)
     return torch.float32 if kept.intersection(name.split(".")) else dtype
-
-
-def agreed(group: Group, find: Callable[[], T]) -> T:
-    """What `find` finds on this rank. If it raises ValueError on one rank, all raise it: the others would wait for ever."""
-    try:
-        found, fault = [find()], ""
-    except ValueError as error:
-        found, fault = [], str(error)
-    faults = [one for one in group.gather(fault) if one]
-    if faults:
-        raise ValueError(faults[0])
-    return found[0]
 
 
 def find_checkpoint(folder: Path, transformer: WanVACETransformer3DModel) -> Checkpoint:
