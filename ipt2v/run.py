@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from ipt2v.stages.video import VideoStage
 
 log = logging.getLogger(__name__)
+
+WEIGHTS_DIR_VARIABLE = "IPT2V_WEIGHTS_DIR"  # a folder with a copy of the run's weights, to be read instead of the frozen one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +57,7 @@ class _Work:
 
     @property
     def weights_dir(self) -> Path:
-        return Path(self.environment.weights_dir)
+        return Path(os.environ.get(WEIGHTS_DIR_VARIABLE) or self.environment.weights_dir)
 
     def provenance(self, made: Made[Any], group: Group) -> Provenance:
         return Provenance(
@@ -79,6 +83,10 @@ def run_shard(run_dir: str | Path, stage: str, shard: int) -> ShardResult:
         raise ValueError(f"stage {stage!r} unknown; known: {', '.join(_STAGES)}")
     work = _open(RunDir(Path(run_dir)), stage, shard)
     with group_from_environment() as group:
+        if group.is_first and str(work.weights_dir) != work.environment.weights_dir:
+            log.info(
+                "weights are read from %s (%s), not %s", work.weights_dir, WEIGHTS_DIR_VARIABLE, work.environment.weights_dir
+            )
         _STAGES[stage](work, group)
         result = ShardResult(done=0, failed=0)
         if group.is_first and stage in STAGES:
@@ -176,22 +184,38 @@ def _decode_lost(delivery: _Delivery, undecoded: tuple[str, ...]) -> None:
 
 
 def _animate(delivery: _Delivery, todo: tuple[str, ...]) -> None:
-    """Make latents, one video after the other on all ranks; in between each rank decodes one of those that are finished."""
+    """Make latents, one video after the other on all ranks; in between each rank decodes one of those that are finished.
+
+    A record is written while the next video is denoised: its fsync may wait for a shared disk, and all ranks with it.
+    """
+    with ThreadPoolExecutor(1) as writer:
+        _animate_and_save(delivery, todo, writer)
+
+
+def _animate_and_save(delivery: _Delivery, todo: tuple[str, ...], writer: ThreadPoolExecutor) -> None:
     work, group = delivery.work, delivery.group
     paths, batches = work.run.record_paths("first_frame", work.shard, todo), turns(todo, group.world_size)
     first_frames = (hdf5.load_first_frame(paths[key], key, run_digest=work.environment.run_digest) for key in todo)
     finished: dict[str, VideoLatents] = {}
+    saves: list[Future[None]] = []
     for made in delivery.stage.make(first_frames):
         key = made.record.key
         finished[key] = made.record
         if group.is_first:
-            hdf5.save_video_latents(work.run.part_path("video", key), made.record, work.provenance(made, group))
+            path = work.run.part_path("video", key)
+            saves.append(writer.submit(hdf5.save_video_latents, path, made.record, work.provenance(made, group)))
             log.info("video %s %.1f s", key, made.seconds)
         if key in batches:
-            group.meet()  # the record comes first: no MP4 before its latents are on the disk
+            group.agree(partial(_settle, saves), OSError)  # no MP4 before its latents are on the disk
             records = [finished[one] for one in delivery.own(batches[key])]
             group.agree(partial(delivery.deliver, records), OSError)
             finished.clear()
+
+
+def _settle(saves: list[Future[None]]) -> None:
+    """Wait for all of them. Raises what one has raised."""
+    while saves:
+        saves.pop(0).result()
 
 
 def _verify_split(work: _Work, group: Group) -> None:

@@ -209,6 +209,19 @@ def test_a_split_over_two_nodes_is_verified_against_one_rank(
 
 
 @pytest.mark.slurm
+@pytest.mark.parametrize("sharding", ["fsdp2", "zero3"])
+def test_shared_weights_over_two_nodes_make_the_same_videos(
+    sharding: str, here: tuple[RunDir, str], cluster: Cluster, testset: Path, toy_weights: Path, tmp_path: Path
+) -> None:
+    few = _first_identities(testset, tmp_path, 1)
+    words = (*_slurm_words(few, toy_weights, tmp_path / "runs"), "--wait", "--shards", "1")
+    output = ipt2v("submit", CONFIG, *words, f"video.weights_sharding={sharding}", environment=cluster.environment)
+    made = collect(run_folder(output))
+    assert {item.video_provenance.num_ranks for item in made.values()} == {4} and len(made) == 5
+    assert_same_videos(made, collect(here[0]), latents_within=1e-4)
+
+
+@pytest.mark.slurm
 def test_cancel_empties_the_queue_and_status_needs_no_accounting(
     cluster_without_accounting: Cluster, testset: Path, toy_weights: Path, tmp_path: Path
 ) -> None:
