@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -46,11 +47,14 @@ ShardsOption = Annotated[int | None, typer.Option("--shards", min=1, help="array
 WeightsOption = Annotated[Path | None, typer.Option("--weights", help="folder of weights, over the cluster file's")]
 WeightsFolderOption = Annotated[Path, typer.Option("--weights", metavar="DIR", help="folder of weights")]
 RunsOption = Annotated[Path | None, typer.Option("--runs", help="folder of run folders, over the cluster file's")]
+DeadlineOption = Annotated[
+    float, typer.Option("--deadline", metavar="HOURS", min=0, show_default=False, help="time that there is for the videos")
+]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
 
 
 @app.command(epilog="Example: ipt2v plan configs/vace_14b_480p.yaml --on slurm --cluster configs/cluster/h100.yaml")
-def plan(
+def plan(  # noqa: PLR0913, PLR0917 - options of a command line
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     on: PlaceOption = Place.slurm,
@@ -58,8 +62,10 @@ def plan(
     shards: ShardsOption = None,
     weights: WeightsOption = None,
     runs: RunsOption = None,
+    deadline: DeadlineOption = math.inf,
+    splits: Annotated[bool, typer.Option("--splits", help="all ways to share a video, the refused ones, too")] = False,
 ) -> None:
-    """Print what `submit` would do, sbatch scripts included; write and submit nothing."""
+    """Print what `submit` would do, sbatch scripts included, and what it costs; write and submit nothing."""
     from launch.progress import ranges, summary
     from launch.submit import sbatch_text
 
@@ -80,6 +86,8 @@ def plan(
             print(_indented(sbatch_text(prepared.run, site, submission, after)))
     if not todo:
         print("\nnothing to submit: every item is made, failed, or in the queue")
+    elif on != Place.here:
+        print("\n" + "\n".join(_costs(prepared, site, todo, deadline, every=splits)))
 
 
 @app.command(
@@ -366,6 +374,13 @@ def _split(prepared: Prepared, site: Cluster) -> tuple[Degrees, MemoryGb]:
     guided = prepared.config.video.guidance_scale > 1
     split = degrees(site.video.num_tasks, site.video.nodes, sizes["num_attention_heads"], guided=guided)
     return split, memory_gb(sizes, prepared.config.video, split)
+
+
+def _costs(prepared: Prepared, site: Cluster, todo: tuple[Submission, ...], deadline: float, *, every: bool) -> list[str]:
+    from launch.cost_table import cost_lines
+
+    shards = tuple(sorted(shard for submission in todo if submission.stage == "video" for shard in submission.shards))
+    return cost_lines(prepared, site, shards, deadline_hours=deadline, every=every)
 
 
 def _start(run: RunDir, site: Cluster, todo: tuple[Submission, ...], on: Place, *, wait: bool) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ipt2v.config import Settings, load_settings
 from ipt2v.run_dir import VERIFY_SPLIT
@@ -36,17 +36,38 @@ class Resources(Settings):
         return self.nodes * self.num_tasks_per_node
 
 
+class Hardware(Settings):
+    """What the site has, for the prices that `plan` prints. SLURM is not asked for it: that is what Resources say."""
+
+    gpu: str | None = None  # a name of launch.cost.GPUS
+    gpus_per_node: int | None = Field(None, ge=1)  # of a whole node; as many as a video element takes of it unless said
+    nics_per_node: int = Field(1, ge=1)  # network cards of 400 Gbit/s
+    num_nodes: int | None = Field(None, ge=1)  # that one may use at once; as many as the elements would take unless said
+
+
 class Cluster(Settings):
     """A site: where weights and runs lie, how jobs are set up, what each stage gets."""
 
     weights_dir: str = "weights"
     runs_dir: str = "runs"
+    # A folder on each node's own disk, $VARIABLES of the node's environment expanded: $TMPDIR, or /local/scratch/$USER. What a
+    # stage loads is copied there first. A folder in memory (/dev/shm) counts against mem_gb; a container has to see the folder.
+    local_weights_dir: str | None = None
     num_shards: int | None = Field(None, ge=1)  # array elements of each stage; one for each identity, at most 64, unless said
     setup: tuple[str, ...] = ()  # shell lines before the job, on the first node of an element
     container: tuple[str, ...] = ()  # words before python, for example [apptainer, exec, --nv, image.sif]
     signal_delay_seconds: int = Field(120, ge=1)  # time between the warning of a time limit or preemption and the end
+    stall_minutes: float = Field(30, gt=0)  # a rank without a sign of life (a step, an item) for so long ends, with all stacks
     first_frame: Resources = Resources()
     video: Resources = Resources()
+    hardware: Hardware = Hardware()
+
+    @field_validator("local_weights_dir")
+    @classmethod
+    def _local_weights_dir_is_absolute(cls, folder: str | None) -> str | None:
+        if folder is not None and not folder.startswith(("/", "$")):  # below the job's folder it would be on the shared disk
+            raise ValueError(f"found {folder!r}, expected an absolute path, or one that starts with a $VARIABLE of the nodes")
+        return folder
 
     @model_validator(mode="after")
     def _first_frame_is_on_one_node(self) -> Self:
@@ -55,6 +76,15 @@ class Cluster(Settings):
                 f"first_frame: found {self.first_frame.nodes} nodes per element, expected 1; "
                 "use more shards instead (several GPUs of a node share the LLM, for GPUs that cannot hold it whole)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _video_fits_the_hardware(self) -> Self:
+        hardware, video = self.hardware, self.video
+        pairs = (("gpus_per_node", hardware.gpus_per_node, video.gpus_per_node), ("num_nodes", hardware.num_nodes, video.nodes))
+        for name, there, asked in pairs:
+            if there is not None and there < asked:
+                raise ValueError(f"hardware.{name}: found {there}, expected at least the {asked} that a video element asks for")
         return self
 
     def resources(self, stage: str) -> Resources:

@@ -38,6 +38,7 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]] = {
     ),
 }
 _TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # settings and tokenizers
+_EMBEDDERS = ("text_encoder", "tokenizer")  # of the video model: array 1 embeds the prompts, array 2 finds that in its records
 
 
 def folders(config: RunConfig) -> dict[str, str]:
@@ -134,6 +135,37 @@ def needed_files(role: str, folder: Path, config: RunConfig) -> list[Path]:
         else:
             needed.append(folder / subfolder / f"{stem}.safetensors")
     return needed
+
+
+def stage_files(stage: str, weights_dir: Path, config: RunConfig) -> list[str]:
+    """Every file that a stage loads, as its path below `weights_dir`, and the settings and tokenizers beside it.
+
+    Those, because the libraries take what they find: a copy of these files has to load as the original does. Raises ValueError
+    if a file is not below `weights_dir` or an index of tensors is damaged, OSError if a folder is missing.
+    """
+    names: dict[str, None] = {}
+    for role, name in folders(config).items():
+        folder = weights_dir / name
+        needed = [path for path in needed_files(role, folder, config) if _is_loaded_in(stage, role, path.relative_to(folder))]
+        beside = [path for parent in dict.fromkeys(path.parent for path in needed) for path in sorted(parent.iterdir())]
+        found = [
+            path for path in beside if _may_be_loaded(role, path.relative_to(folder).as_posix(), config) and path.is_file()
+        ]
+        for path in (*needed, *found):
+            below = path.relative_to(weights_dir)
+            if ".." in below.parts:
+                raise ValueError(f"{role}.model: weights file {path} is not below {weights_dir}")
+            names[below.as_posix()] = None
+    return list(names)
+
+
+def _is_loaded_in(stage: str, role: str, path: Path) -> bool:
+    """Whether it is this stage that loads a file of a role's folder."""
+    return (stage == "first_frame") == (role != "video" or path.parts[0] in _EMBEDDERS)
+
+
+def _may_be_loaded(role: str, path: str, config: RunConfig) -> bool:
+    return loads(role, path, config) if role in _NEEDS else path.endswith(_TEXT_SUFFIXES)
 
 
 def loads(role: str, path: str, config: RunConfig) -> bool:
