@@ -17,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+OffloadingT = TypeVar("OffloadingT", "DecoupleConfig", "TextEncoderConfig", "VideoConfig")
+
+
 class Settings(BaseModel):
     """One block of a settings file: frozen, and no key that it does not know."""
 
@@ -28,6 +31,16 @@ class TestsetConfig(Settings):
 
     path: str
     format: str = "auto"
+
+
+def _only_zero3_offloads(settings: OffloadingT) -> OffloadingT:
+    """`settings`, unchanged; a validator that several blocks share."""
+    if settings.cpu_offload and settings.weights_sharding != "zero3":
+        raise ValueError(
+            f"found cpu_offload with weights_sharding {settings.weights_sharding!r}, expected 'zero3', which alone can; "
+            "set weights_sharding to zero3, or cpu_offload to false"
+        )
+    return settings
 
 
 class DecoupleConfig(Settings):
@@ -44,6 +57,11 @@ class DecoupleConfig(Settings):
     temporal_template: str = "temporal"
     prompts: Literal["refined", "raw"] = "refined"  # what animates: the polisher's answer, or the test set's prompt as it is
     spatial_source: Literal["raw", "polished"] = "raw"  # what the parser reads: the paper says raw, its released code polished
+    # Memory, not pixels: whether several ranks cut its matrices into slices, or gather them whole, one layer at a time
+    weights_sharding: Literal["tensor", "zero3"] = "tensor"
+    cpu_offload: bool = False  # zero3's share in the host's memory, on a GPU only while it is needed; on one rank, too
+
+    _offload = model_validator(mode="after")(_only_zero3_offloads)
 
 
 class FacesConfig(Settings):
@@ -137,6 +155,15 @@ class StepCacheConfig(Settings):
     max_skips: int = Field(3, ge=0)  # in a row
 
 
+class TextEncoderConfig(Settings):
+    """Where UMT5's weights are, which embeds the texts in video.dtype; memory, not pixels."""
+
+    weights_sharding: Literal["none", "zero3"] = "none"  # zero3: shared by the ranks, gathered one layer at a time
+    cpu_offload: bool = False  # zero3's share in the host's memory, on a GPU only while it is needed; on one rank, too
+
+    _offload = model_validator(mode="after")(_only_zero3_offloads)
+
+
 class VideoConfig(PictureSize):
     """VACE, as it animates the first frame, and the MP4 that is delivered."""
 
@@ -155,11 +182,14 @@ class VideoConfig(PictureSize):
     negative_prompt: str = ""
     max_text_tokens: int = Field(512, ge=1)  # diffusers' WanVACEPipeline: max_sequence_length=512
     crf: Annotated[int, Field(ge=0, le=51)] = 18
+    save_every_steps: int = Field(10, ge=0)  # so many a killed video repeats at most; 0: it starts again. No pixels
     speed: SpeedConfig = SpeedConfig()
     step_cache: StepCacheConfig = StepCacheConfig()
     # Memory, not pixels: whether each rank holds the whole transformer, or the ranks of a video share it. Idle on one rank.
     weights_sharding: Literal["none", "fsdp2", "zero3"] = "none"
     cpu_offload: bool = False  # zero3's share in the host's memory, on a GPU only while it is needed
+
+    _offload = model_validator(mode="after")(_only_zero3_offloads)
 
     @field_validator("num_frames")
     @classmethod
@@ -168,15 +198,6 @@ class VideoConfig(PictureSize):
             below = (num_frames - 1) // 4 * 4 + 1
             raise ValueError(f"{num_frames} is not 4n+1; nearest are {below} and {below + 4}")
         return num_frames
-
-    @model_validator(mode="after")
-    def _only_zero3_offloads(self) -> Self:
-        if self.cpu_offload and self.weights_sharding != "zero3":
-            raise ValueError(
-                f"found cpu_offload with weights_sharding {self.weights_sharding!r}, expected 'zero3', which alone can; "
-                "set weights_sharding to zero3, or cpu_offload to false"
-            )
-        return self
 
 
 class RunConfig(Settings):
@@ -190,7 +211,18 @@ class RunConfig(Settings):
     cutout: CutoutConfig = CutoutConfig()
     hyperlora: HyperLoRAConfig = HyperLoRAConfig()
     first_frame: FirstFrameConfig = FirstFrameConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
     video: VideoConfig = VideoConfig()
+
+    @model_validator(mode="after")
+    def _no_float16_by_zero3(self) -> Self:
+        # transformers then keeps UMT5's `wo` in float32 (_keep_in_fp32_modules), and under DeepSpeed 0.19.8 it cannot
+        if self.text_encoder.weights_sharding == "zero3" and self.video.dtype == "float16":
+            raise ValueError(
+                "text_encoder.weights_sharding: found 'zero3' with video.dtype 'float16', in which it would give other "
+                "embeddings; set video.dtype to bfloat16 or float32, or weights_sharding to none"
+            )
+        return self
 
     @property
     def starts_from_first_frame(self) -> bool:
@@ -275,6 +307,8 @@ def _first_problem(kind: type[Settings], error: ValidationError) -> str:
     if problem["type"] == "missing":
         return f"{name}: missing; add it"
     text = problem["msg"].removeprefix("Value error, ")
+    if not name:  # of the whole: the text names the key
+        return text
     return f"{name}: {text}" if problem["type"] == "value_error" else f"{name}: found {problem['input']!r}; {text}"
 
 

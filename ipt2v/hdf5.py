@@ -30,6 +30,10 @@ from ipt2v.records import Attempt, FirstFrame, Provenance, TextEmbedding, VideoL
 _SHARED = ("temporal_text", "negative_text", "reference")  # attributes that name what several records may share
 
 
+class UnreadableError(ValueError):
+    """A file that no HDF5 library opens: cut short, or damaged."""
+
+
 def save_first_frame(path: Path, record: FirstFrame, provenance: Provenance) -> None:
     """Write one first frame with its prompts and text embeddings as a closed part."""
     with _new_file(path) as file:
@@ -152,7 +156,8 @@ def _open(path: Path) -> Iterator[h5py.File]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ValueError(f"{path}: not a readable HDF5 file ({error}); delete it and submit again to make it anew") from error
+        text = f"{path}: not a readable HDF5 file ({error}); delete it and submit again to make it anew"
+        raise UnreadableError(text) from error
     with file:
         yield file
 

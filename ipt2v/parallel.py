@@ -137,6 +137,11 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
+def is_loss_of_a_rank(error: BaseException) -> bool:
+    """Whether a collective says that another rank is gone or silent. gloo has no type of its own for it, only its name."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
 def release(device: torch.device) -> None:
     """Give back the memory of what nothing refers to any more."""
     gc.collect()  # closures and modules refer to each other in circles

@@ -4,6 +4,7 @@
     first_frame/parts/<key>.h5 -> first_frame/000.h5                   one record, sealed when its shard is done
     first_frame/answers/                                               what the LLM said, once for each distinct question
     video/<key>.mp4  video/parts/<key>.h5 -> video/000.h5              the delivered file; latents and provenance beside it
+    video/{leases,positions,crashes}/<key>...                          who is at work on it, how far it is, who fell over it
     failure/<stage>/<key>.json                                         an item that cannot be made, and why
     verify_split/000.json                                              one video on all ranks against one rank
     package/  jobs/<stage>/                                            the leaderboard's zip; submitit's pickles and logs
@@ -27,6 +28,7 @@ from ipt2v.records import Failure, Item
 
 STAGES = ("first_frame", "video")
 VERIFY_SPLIT = "verify_split"  # a job like a stage's, which makes no items
+WEIGHTS_DIR_VARIABLE = "IPT2V_WEIGHTS_DIR"  # a folder with a copy of the run's weights, to be read instead of the frozen one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +86,24 @@ class RunDir:
 
     def mp4_path(self, key: str) -> Path:
         return self.root / "video" / f"{key}.mp4"
+
+    @property
+    def leases_path(self) -> Path:
+        return self.root / "video" / "leases"
+
+    def position_path(self, key: str) -> Path:
+        return self.root / "video" / "positions" / f"{key}.safetensors"
+
+    def crashes(self, key: str) -> list[str]:
+        """Why elements have crashed while they made the video, oldest first."""
+        paths = (self.root / "video" / "crashes" / key).glob("*.txt")
+        return [path.read_text(encoding="utf-8").strip() for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
+
+    def note_crash(self, key: str, life: str, reason: str) -> None:
+        """One for each life of an element: what its first rank to say so has said."""
+        path = self.root / "video" / "crashes" / key / f"{life}.txt"
+        if not path.exists():
+            write_text(path, reason + "\n")
 
     def split_check_path(self, shard: int) -> Path:
         return self.root / VERIFY_SPLIT / f"{shard:03d}.json"

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import submitit
+
+from ipt2v.run_dir import WEIGHTS_DIR_VARIABLE, RunDir
+from ipt2v.watch import END_TIME, STALL_SECONDS, interrupted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +23,10 @@ class ShardJob:
     run_dir: str
     stage: str
     num_tasks: int
+    timeout_minutes: int  # of one life of the element; SLURM may begin others
+    signal_delay_seconds: int  # the scheduler warns so long before the end
+    stall_minutes: float  # without a sign of life, after which a rank ends itself
+    local_weights_dir: str | None = None  # as in the cluster file: $VARIABLES are the node's
 
     def __call__(self, shard: int) -> str:
         environment = submitit.JobEnvironment()
@@ -30,9 +41,29 @@ class ShardJob:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
         from ipt2v.run import run_shard
 
+        self._choose_weights(environment)
+        os.environ[END_TIME] = str(time.time() + self.timeout_minutes * 60 - self.signal_delay_seconds)
+        os.environ[STALL_SECONDS] = str(self.stall_minutes * 60)
         result = run_shard(self.run_dir, self.stage, shard)
+        if result.out_of_time and environment.global_rank == 0:
+            logging.info("%s shard %d: no time for another item; requeued", self.stage, shard)
+            os.kill(os.getpid(), signal.SIGUSR2)  # as the scheduler would: submitit requeues the element, and ends it here
         return f"{self.stage} shard {shard}: {result.done} done, {result.failed} failed"
 
+    def _choose_weights(self, environment: submitit.JobEnvironment) -> None:
+        """Tell run_shard where to read weights: where they were frozen, or from a copy on this node."""
+        # what the submitting shell or a set-up line has left there is no copy that we know anything of
+        os.environ.pop(WEIGHTS_DIR_VARIABLE, None)
+        if self.local_weights_dir is None:
+            return
+        from launch.staging import weights_on_node
+
+        run, speaks = RunDir(Path(self.run_dir)), environment.local_rank == 0
+        element = f"{environment.job_id}.{os.environ.get('SLURM_RESTART_COUNT', '0')}"  # a requeued element keeps its job id
+        folder = weights_on_node(run, self.stage, self.local_weights_dir, element=element, speaks=speaks)
+        os.environ[WEIGHTS_DIR_VARIABLE] = str(folder)
+
     def checkpoint(self, shard: int) -> submitit.helpers.DelayedSubmission:
-        """The same call: finished items are files, so going on needs nothing else."""
+        """The same call, when the scheduler has warned: what is finished is in files, and what is half done is saved now."""
+        interrupted()
         return submitit.helpers.DelayedSubmission(self, shard)

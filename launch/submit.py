@@ -16,14 +16,14 @@ import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
-from ipt2v.run_dir import RunDir
+from ipt2v.run_dir import WEIGHTS_DIR_VARIABLE, RunDir
 from launch.cluster import Cluster
 from launch.job import ShardJob
 from launch.plan import Submission
 from launch.queue import Submitted, kill_tree, remember
 
 LOCAL_POLL_SECONDS = 0.2
-MAX_TIMEOUTS = 3  # requeues after a time limit; preemptions do not count
+MAX_TIMEOUTS = 1000  # requeues after a time limit: each life of an element goes on where the one before it was
 
 
 def submit_slurm(run: RunDir, cluster: Cluster, plan: Iterable[Submission]) -> list[Submitted]:
@@ -119,10 +119,11 @@ def run_here(run: RunDir, plan: Iterable[Submission], tick: Callable[[], None]) 
     """Run the plan in this process, one shard after the other, each on one rank."""
     from ipt2v.run import run_shard
 
-    for submission in plan:
-        for shard in submission.shards:
-            run_shard(run.root, submission.stage, shard)
-            tick()
+    with _outside_any_job():
+        for submission in plan:
+            for shard in submission.shards:
+                run_shard(run.root, submission.stage, shard)
+                tick()
 
 
 def _map_array(executor: SlurmExecutor, job: ShardJob, shards: tuple[int, ...]) -> list[Any]:
@@ -133,12 +134,14 @@ def _map_array(executor: SlurmExecutor, job: ShardJob, shards: tuple[int, ...]) 
         raise ValueError(f"sbatch refused the {job.stage} array: {text}; `ipt2v plan` prints its script") from error
 
 
-_JOB_VARIABLES = ("SLURM_", "SLURMD_", "SUBMITIT_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_")
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_")
+# the last is what launch/job.py writes; left over in a shell, it would have a run read some other run's weights
+_JOB_VARIABLES = ("SLURM_", "SLURMD_", "SUBMITIT_", *_RANK_VARIABLES, WEIGHTS_DIR_VARIABLE)
 
 
 @contextmanager
 def _outside_any_job() -> Iterator[None]:
-    """Without the variables of a job that we may be in, so that its ranks and task counts are not handed down.
+    """Without the variables of a job that we may be in, so that its ranks, task counts and weights are not handed down.
 
     submitit's own clean_env would also take SLURM_CONF, which says where the cluster is, and the user's SBATCH_* defaults.
     """
@@ -192,7 +195,16 @@ def _problem(run: RunDir, element: _Element, job: Any) -> str | None:
 
 
 def _job(run: RunDir, cluster: Cluster, stage: str) -> ShardJob:
-    return ShardJob(run_dir=str(run.root), stage=stage, num_tasks=cluster.resources(stage).num_tasks)
+    resources = cluster.resources(stage)
+    return ShardJob(
+        run_dir=str(run.root),
+        stage=stage,
+        num_tasks=resources.num_tasks,
+        timeout_minutes=resources.timeout_minutes,
+        signal_delay_seconds=cluster.signal_delay_seconds,
+        stall_minutes=cluster.stall_minutes,
+        local_weights_dir=cluster.local_weights_dir,
+    )
 
 
 def _python(cluster: Cluster) -> str:

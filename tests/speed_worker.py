@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 from ipt2v.models.vace.denoise import Guidance, denoise, guided_velocity
 from ipt2v.models.vace.hints import make_hints_lazy
+from ipt2v.models.vace.position import Position
 from ipt2v.models.vace.ring import choose_kernel
 from ipt2v.models.vace.speed import compile_blocks, fuse_qkv
 from ipt2v.models.vace.split import parallelise
@@ -112,7 +113,7 @@ def latents_of(
     )
     skips: list[int] = []
 
-    def note(_index: int, _num_steps: int, _latents: torch.Tensor) -> None:
+    def note(_position: Position) -> None:
         skips.append(0 if cache is None else cache.saved().num_skipped)
 
     if cache is not None:

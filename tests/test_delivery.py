@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -23,12 +24,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ipt2v import hdf5
+from ipt2v import hdf5, video_shard
+from ipt2v.claims import Claims, agreed
 from ipt2v.delivery import MAX_WAITING, Encoder, background_encoder, turns
+from ipt2v.leases import Leases
 from ipt2v.mp4 import write_mp4
 from ipt2v.parallel import Group
 from ipt2v.records import FirstFrame, Made, Video, VideoLatents
 from ipt2v.run_dir import RunDir
+from ipt2v.video_shard import Delivery
+from ipt2v.work import open_work
 
 FPS = 16
 
@@ -275,8 +280,8 @@ class StandIn:
     decoded: list[str] = field(default_factory=list)
     animated: list[str] = field(default_factory=list)
 
-    def make(self, first_frames: Iterable[FirstFrame]) -> Iterator[Made[VideoLatents]]:
-        for one in first_frames:
+    def make(self, starts: Iterable[tuple[FirstFrame, Any]], progress: Any) -> Iterator[Made[VideoLatents]]:
+        for one, _ in starts:
             self.animated.append(one.key)
             yield Made(record=VideoLatents(key=one.key, latents_CTHW=latents_of(one.key)), seed=1, seconds=0.1)
 
@@ -335,6 +340,9 @@ class Thread:
 
     agree = Group.agree
 
+    def from_first(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
     def meet(self) -> None:
         self.barrier.wait()
 
@@ -351,18 +359,19 @@ def shard_of(tmp_path: Path, num_items: int) -> RunDir:
 
 def deliver(run: RunDir, encoders: list[Any]) -> tuple[list[StandIn], list[BaseException | None]]:
     """Make what is missing on one thread for each encoder; what each has done, and what it raised."""
-    from ipt2v import run as running
-
     num_ranks = len(encoders)
-    barrier, box, work = threading.Barrier(num_ranks, timeout=30), [None] * num_ranks, running._open(run, "video", 0)
+    barrier, box, work = threading.Barrier(num_ranks, timeout=30), [None] * num_ranks, open_work(run, "video", 0)
     stages, raised = [StandIn() for _ in encoders], [None] * num_ranks
-    undecoded, todo = running._videos_to_make(work)
 
     def live(rank: int) -> None:
         group = Thread(rank, num_ranks, barrier, box)
+        claims = Claims(work=work, leases=Leases(folder=run.leases_path, owner="test")) if rank == 0 else None
         try:
-            delivery = running._Delivery(work=work, group=group, stage=stages[rank], encoder=encoders[rank])
-            running._deliver(delivery, undecoded, todo)
+            with ThreadPoolExecutor(1) as files:
+                undecoded = group.from_first(() if claims is None else claims.undecoded())
+                claimed = agreed(None if claims is None else claims.videos(), group)
+                delivery = Delivery(work=work, group=group, stage=stages[rank], encoder=encoders[rank], files=files)
+                video_shard.deliver(delivery, undecoded, claimed, claims)
         except BaseException as error:
             raised[rank] = error
             if not isinstance(error, OSError):

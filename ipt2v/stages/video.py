@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ipt2v.config import RunConfig
+from ipt2v.models.vace.denoise import Progress
 from ipt2v.models.vace.load import Animator, load_animator
+from ipt2v.models.vace.position import Position
 from ipt2v.parallel import Group
 from ipt2v.records import FirstFrame, Made, Video, VideoLatents, item_seed
 
@@ -22,11 +24,11 @@ class VideoStage:
     config: RunConfig
     animator: Animator
 
-    def make(self, first_frames: Iterable[FirstFrame]) -> Iterator[Made[VideoLatents]]:
-        """The latents of each video, on every rank."""
-        for first_frame in first_frames:
+    def make(self, starts: Iterable[tuple[FirstFrame, Position | None]], progress: Progress) -> Iterator[Made[VideoLatents]]:
+        """The latents of each video, on every rank, from where somebody has come with it; `progress` hears of each step."""
+        for first_frame, position in starts:
             start, seed = time.monotonic(), item_seed(self.config.seed, first_frame.key, "video")
-            latents_CTHW = self.animator.animate(first_frame, seed)
+            latents_CTHW = self.animator.animate(first_frame, seed, progress, position)
             record = VideoLatents(key=first_frame.key, latents_CTHW=latents_CTHW)
             yield Made(record=record, seed=seed, seconds=time.monotonic() - start)
 

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,8 +54,8 @@ class StandIn:
     speedup: float
     denoising: float = 0
 
-    def make(self, first_frames: Iterable[FirstFrame]) -> Iterator[Made[VideoLatents]]:
-        for one in first_frames:
+    def make(self, starts: Iterable[tuple[FirstFrame, None]], progress: Any) -> Iterator[Made[VideoLatents]]:
+        for one, _ in starts:
             self.group.meet()
             start = time.monotonic()
             time.sleep(DENOISE_SECONDS / self.speedup)
@@ -71,7 +72,7 @@ class StandIn:
 def alone(work: Any, group: Group, stage: StandIn, todo: tuple[str, ...], write: Any) -> None:
     """The older loop."""
     paths, digest = work.run.record_paths("first_frame", work.shard, todo), work.environment.run_digest
-    for made in stage.make(hdf5.load_first_frame(paths[key], key, run_digest=digest) for key in todo):
+    for made in stage.make(((hdf5.load_first_frame(paths[key], key, run_digest=digest), None) for key in todo), None):
         if group.is_first:
             key = made.record.key
             hdf5.save_video_latents(work.run.part_path("video", key), made.record, work.provenance(made, group))
@@ -82,19 +83,24 @@ def alone(work: Any, group: Group, stage: StandIn, todo: tuple[str, ...], write:
 
 def rank(form: str, root: str, speedup: float) -> None:
     """One rank; the first prints its seconds of denoising and of all."""
-    from ipt2v import run as running
+    from ipt2v import video_shard
+    from ipt2v.claims import Claims, agreed, videos_to_make
+    from ipt2v.leases import leases
     from ipt2v.parallel import group_from_environment
+    from ipt2v.work import open_work
 
     with group_from_environment() as group, background_encoder(write_slowly, seconds=MP4_SECONDS / speedup) as encoder:
-        work, stage = running._open(RunDir(Path(root)), "video", 0), StandIn(group, speedup)
-        undecoded, todo = group.from_first(running._videos_to_make(work))
+        work, stage = open_work(RunDir(Path(root)), "video", 0), StandIn(group, speedup)
         time.sleep(1)  # the encoder is up
         group.meet()
         start = time.monotonic()
         if form == "alone":
-            alone(work, group, stage, todo, partial(write_slowly, seconds=MP4_SECONDS / speedup))
+            alone(work, group, stage, videos_to_make(work), partial(write_slowly, seconds=MP4_SECONDS / speedup))
         else:
-            running._deliver(running._Delivery(work=work, group=group, stage=stage, encoder=encoder), undecoded, todo)
+            with leases(work.run.leases_path, f"rank {group.rank}") as mine, ThreadPoolExecutor(1) as files:
+                claims = Claims(work=work, leases=mine) if group.is_first else None
+                delivery = video_shard.Delivery(work=work, group=group, stage=stage, encoder=encoder, files=files)
+                video_shard.deliver(delivery, (), agreed(None if claims is None else claims.videos(), group), claims)
         wall = time.monotonic() - start
         if group.is_first:
             assert work.run.done("video", 0, work.keys) == set(work.keys)

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler, WanVACETransformer3DModel
+from diffusers import WanVACETransformer3DModel
 
-Scheduler: TypeAlias = UniPCMultistepScheduler | DPMSolverMultistepScheduler
+from ipt2v.models.vace.position import Position, go_to, position_of
+
+if TYPE_CHECKING:
+    from ipt2v.models.vace.position import Scheduler
+
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (latents, timestep) -> velocity, as latents
-Progress = Callable[[int, int, torch.Tensor], None]  # (step_index, num_steps, latents after it), on every rank
+Progress = Callable[[Position], None]  # after each step, on every rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +33,7 @@ class Guidance:
     guidance_scale: float  # w of classifier-free guidance (arXiv 2207.12598); 1 turns it off
 
 
-def unheard(_step_index: int, _num_steps: int, _latents_BCthw: torch.Tensor) -> None:
+def unheard(_position: Position) -> None:
     """Nobody wants to know how far it is."""
 
 
@@ -40,14 +44,21 @@ def denoise(
     noise_BCthw: torch.Tensor,
     num_inference_steps: int,
     progress: Progress = unheard,
+    start: Position | None = None,
 ) -> torch.Tensor:
-    """Latents [1,16,t,h,w] float32; equal, bit for bit, to WanVACEPipeline(output_type="latent") on the same noise."""
+    """Latents [1,16,t,h,w] float32; equal, bit for bit, to WanVACEPipeline(output_type="latent") on the same noise.
+
+    From `start`, if there is one, with the steps that are left: equal to all of them in one go.
+    """
     scheduler.set_timesteps(num_inference_steps, device=noise_BCthw.device)
-    latents_BCthw = noise_BCthw
-    for step_index, timestep in enumerate(scheduler.timesteps):
+    latents_BCthw, num_done = noise_BCthw, 0
+    if start is not None:
+        go_to(scheduler, start)
+        latents_BCthw, num_done = start.latents_BCthw.to(noise_BCthw.device), start.num_done
+    for step_index, timestep in enumerate(scheduler.timesteps[num_done:], num_done):
         found = velocity(latents_BCthw, timestep)
         latents_BCthw = scheduler.step(found, timestep, latents_BCthw, return_dict=False)[0]
-        progress(step_index, len(scheduler.timesteps), latents_BCthw)
+        progress(position_of(scheduler, latents_BCthw, step_index + 1))
     return latents_BCthw
 
 

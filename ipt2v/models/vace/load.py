@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
@@ -26,16 +26,22 @@ from ipt2v.models.vace.condition import (
     letterbox,
 )
 from ipt2v.models.vace.degrees import Degrees
-from ipt2v.models.vace.denoise import Guidance, Progress, Scheduler, denoise, guided_velocity, unheard
+from ipt2v.models.vace.denoise import Guidance, Progress, denoise, guided_velocity, unheard
 from ipt2v.models.vace.engine import agreed_split, load_engine
+from ipt2v.models.vace.position import Position
 from ipt2v.parallel import Group
 from ipt2v.records import FirstFrame
 
+if TYPE_CHECKING:
+    from ipt2v.models.vace.position import Scheduler
+
 
 class Animate(Protocol):
-    """(first frame, seed) -> latents [16,t,h,w]; on all ranks."""
+    """(first frame, seed) -> latents [16,t,h,w]; on all ranks, and from the same start."""
 
-    def __call__(self, first_frame: FirstFrame, seed: int, progress: Progress = unheard) -> NDArray[np.float32]: ...
+    def __call__(
+        self, first_frame: FirstFrame, seed: int, progress: Progress = unheard, start: Position | None = None
+    ) -> NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +67,9 @@ def load_animator(folder: Path, settings: VideoConfig, group: Group, split: Degr
     group.meet()  # one rank may have read its weights many minutes before another
 
     @torch.inference_mode()
-    def animate(first_frame: FirstFrame, seed: int, progress: Progress = unheard) -> NDArray[np.float32]:
+    def animate(
+        first_frame: FirstFrame, seed: int, progress: Progress = unheard, start: Position | None = None
+    ) -> NDArray[np.float32]:
         video, mask, references = start_of(first_frame, settings)
         guidance = Guidance(
             positive_BLD=padded(first_frame.temporal, settings.max_text_tokens, dtype=dtype, device=device),
@@ -74,7 +82,7 @@ def load_animator(folder: Path, settings: VideoConfig, group: Group, split: Degr
         noise_BCthw = draw_noise(settings, num_channels, seed, num_references=len(references)).to(device)
         velocity = guided_velocity(engine.transformer, guidance, engine.pair)
         with engine.video():
-            latents_BCthw = denoise(velocity, scheduler, noise_BCthw, settings.num_inference_steps, progress)
+            latents_BCthw = denoise(velocity, scheduler, noise_BCthw, settings.num_inference_steps, progress, start)
         return latents_BCthw[0, :, len(references) :].cpu().numpy()  # the references' own latents are no frames
 
     @torch.inference_mode()

@@ -1,0 +1,220 @@
+"""Array 2's element: animate one claimed item after the other on all ranks, save how far each is, deliver it.
+
+Denoising is what the GPUs are paid for: records are read and written by a thread, MP4s by a process, both meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from ipt2v import hdf5
+from ipt2v.claims import Claim, Claims, agreed
+from ipt2v.delivery import Encoder, background_encoder, turns
+from ipt2v.leases import leases
+from ipt2v.models.vace.position import Position
+from ipt2v.mp4 import write_mp4
+from ipt2v.parallel import Group, is_loss_of_a_rank
+from ipt2v.position_file import save_position
+from ipt2v.records import FirstFrame, Made, VideoLatents
+from ipt2v.watch import beat, on_interruption
+from ipt2v.work import Work
+
+if TYPE_CHECKING:
+    from ipt2v.stages.video import VideoStage
+
+MAX_REASON = 500  # characters of an exception's text
+
+log = logging.getLogger(__name__)
+
+
+def make_videos(work: Work, group: Group) -> bool:
+    """Make what is left, of this shard and then of others; seal what is whole. Whether time ran out before. On all ranks."""
+    with ExitStack() as stack:
+        claims = None
+        if group.is_first:
+            mine = stack.enter_context(leases(work.run.leases_path, f"video element {work.shard}"))
+            claims = Claims(work=work, leases=mine)
+        undecoded = group.from_first(() if claims is None else claims.undecoded())
+        claimed = agreed(None if claims is None else claims.videos(), group)
+        first = next(claimed, None)
+        if undecoded or first is not None:
+            _load_and_deliver(work, group, undecoded, chain([] if first is None else [first], claimed), claims)
+        if claims is None:
+            return group.from_first(False)
+        claims.seal()
+        return group.from_first(claims.out_of_time)
+
+
+def _load_and_deliver(
+    work: Work, group: Group, undecoded: tuple[str, ...], claimed: Iterator[Claim], claims: Claims | None
+) -> None:
+    from ipt2v.models.quiet import quiet_libraries
+    from ipt2v.stages import video
+
+    quiet_libraries()
+    with background_encoder(write_mp4, crf=work.config.video.crf) as encoder, ThreadPoolExecutor(1) as files:
+        stage = video.load(work.config, work.weights_dir, group)
+        life = group.from_first(uuid.uuid4().hex[:12])
+        delivery = Delivery(work=work, group=group, stage=stage, encoder=encoder, files=files, life=life)
+        with on_interruption(delivery.steps.save):
+            deliver(delivery, undecoded, claimed, claims)
+
+
+@dataclass(slots=True, kw_only=True)
+class Steps:
+    """How far the video in work is. Rank 0 saves it, every few steps and when the scheduler warns."""
+
+    work: Work
+    is_first: bool
+    files: ThreadPoolExecutor
+    claim: Claim | None = None
+    started: float = 0.0
+    last: Position | None = None
+    saving: Future[None] | None = None
+
+    def begin(self, claim: Claim) -> None:
+        self.claim, self.started, self.last = claim, time.monotonic() - claim.seconds, None
+
+    def note(self, position: Position) -> None:
+        beat()
+        every, settings = self.work.config.video.save_every_steps, self.work.config.video
+        # What a step cache has kept is on each rank alone: such a video starts again at step 0.
+        if not self.is_first or not every or settings.step_cache.threshold:
+            return
+        self.last = position if position.num_done < position.num_steps else None
+        busy = self.saving is not None and not self.saving.done()
+        if self.last is not None and position.num_done % every == 0 and not busy:
+            self.saving = self.files.submit(self.save)
+
+    def save(self) -> None:
+        """Write down where the video is. Losing this costs steps, no video: so it never raises."""
+        claim, position = self.claim, self.last
+        if claim is None or position is None:
+            return
+        path, digest = self.work.run.position_path(claim.key), self.work.environment.run_digest
+        try:
+            seconds = time.monotonic() - self.started
+            save_position(path, position, key=claim.key, run_digest=digest, seconds=seconds)
+        except OSError as error:
+            log.warning("video %s: step %d not saved: %s", claim.key, position.num_done, error)
+
+    def counted(self, made: Made[VideoLatents]) -> Made[VideoLatents]:
+        """What was made, with the seconds that others have spent on it."""
+        return made if self.claim is None else replace(made, seconds=made.seconds + self.claim.seconds)
+
+
+@dataclass(slots=True, kw_only=True)
+class Delivery:
+    """What turns first frames into latents and latents into MP4s, on one of the ranks."""
+
+    work: Work
+    group: Group
+    stage: VideoStage
+    encoder: Encoder
+    files: ThreadPoolExecutor  # one thread that reads and writes records while a video is denoised
+    life: str = ""  # the same on all ranks, another after each start of the element
+    steps: Steps = field(init=False)
+    ahead: tuple[tuple[str, int], Future[FirstFrame]] | None = None
+    saves: list[Future[None]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.steps = Steps(work=self.work, is_first=self.group.is_first, files=self.files)
+
+    def own(self, batch: Sequence[Any]) -> Sequence[Any]:
+        """What of a batch this rank decodes, if there is one for it."""
+        return batch[self.group.rank : self.group.rank + 1]
+
+    def decode(self, records: Iterable[VideoLatents]) -> None:
+        for latents in records:
+            beat()
+            self.encoder.hand_over(self.stage.decode(latents), self.work.run.mp4_path(latents.key))
+
+    def first_frame(self, key: str, shard: int) -> FirstFrame:
+        path = self.work.run.record_path("first_frame", shard, key)
+        return hdf5.load_first_frame(path, key, run_digest=self.work.environment.run_digest)
+
+    def starts(self, claimed: Iterable[Claim]) -> Iterator[tuple[FirstFrame, Position | None]]:
+        """Each claim's first frame, read while the video before it was denoised."""
+        for claim in claimed:
+            place = (claim.key, claim.shard)
+            read = self.ahead is not None and self.ahead[0] == place
+            found = self.ahead[1].result() if read and self.ahead is not None else self.first_frame(*place)
+            self.ahead = None
+            if claim.upcoming is not None:
+                self.ahead = (claim.upcoming, self.files.submit(self.first_frame, *claim.upcoming))
+            self.steps.begin(claim)
+            yield found, claim.position
+
+    def settle(self) -> None:
+        """Wait until all records are written. Raises what one has raised."""
+        while self.saves:
+            self.saves.pop(0).result()
+
+
+def deliver(delivery: Delivery, undecoded: tuple[str, ...], claimed: Iterable[Claim], claims: Claims | None) -> None:
+    """Decode what has latents only, make what is claimed, and return when all MP4s are there. `claims` on rank 0 alone."""
+    group = delivery.group
+    _decode_lost(delivery, undecoded)
+    try:
+        _animate(delivery, claimed, claims)
+    except Exception as error:
+        _note_crash(delivery, error)
+        raise
+    group.agree(delivery.encoder.drain, OSError)  # nobody seals before all MP4s are there
+
+
+def _decode_lost(delivery: Delivery, undecoded: tuple[str, ...]) -> None:
+    """Deliver what an earlier run has denoised and no more."""
+    work, batches = delivery.work, turns(undecoded, delivery.group.world_size).values()
+    keys, digest = [key for batch in batches for key in delivery.own(batch)], work.environment.run_digest
+    paths = work.run.record_paths("video", work.shard, keys)
+    records = (hdf5.load_video_latents(paths[key], key, run_digest=digest) for key in keys)
+    delivery.group.agree(partial(delivery.decode, records), OSError)
+
+
+def _animate(delivery: Delivery, claimed: Iterable[Claim], claims: Claims | None) -> None:
+    """One video after the other on all ranks; in between each rank decodes one of those that are finished.
+
+    A record is written while the next video is denoised: its fsync may wait for a shared disk, and all ranks with it.
+    """
+    finished: list[VideoLatents] = []
+    for made in delivery.stage.make(delivery.starts(claimed), delivery.steps.note):
+        finished.append(made.record)
+        if claims is not None:
+            claims.took.append(made.seconds)
+            delivery.saves.append(delivery.files.submit(_save, delivery, delivery.steps.counted(made)))
+            log.info("video %s %.1f s", made.record.key, made.seconds)
+        if len(finished) == delivery.group.world_size:
+            _decode_in_turn(delivery, finished)
+    _decode_in_turn(delivery, finished)
+
+
+def _save(delivery: Delivery, made: Made[VideoLatents]) -> None:
+    path = delivery.work.run.part_path("video", made.record.key)
+    hdf5.save_video_latents(path, made.record, delivery.work.provenance(made, delivery.group))
+    delivery.work.run.position_path(made.record.key).unlink(missing_ok=True)
+
+
+def _decode_in_turn(delivery: Delivery, finished: list[VideoLatents]) -> None:
+    delivery.group.agree(delivery.settle, OSError)  # no MP4 before its latents are on the disk
+    delivery.group.agree(partial(delivery.decode, delivery.own(finished)), OSError)
+    finished.clear()
+
+
+def _note_crash(delivery: Delivery, error: Exception) -> None:
+    """Hold it against the item in work, unless a disk or another rank is to blame."""
+    claim = delivery.steps.claim
+    if claim is None or isinstance(error, OSError) or is_loss_of_a_rank(error):
+        return
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:MAX_REASON]}"
+    delivery.work.run.note_crash(claim.key, delivery.life, f"{reason} (rank {delivery.group.rank} on {os.uname().nodename})")
