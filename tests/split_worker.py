@@ -26,6 +26,7 @@ from ipt2v.config import VideoConfig
 from ipt2v.models.vace.degrees import Degrees
 from ipt2v.models.vace.hints import make_hints_lazy
 from ipt2v.models.vace.load import load_animator
+from ipt2v.models.vace.position import Position
 from ipt2v.models.vace.ring import choose_kernel, ring_attention
 from ipt2v.models.vace.split import parallelise
 from ipt2v.models.vace.ulysses import heads_for_tokens, tokens_for_heads
@@ -159,22 +160,25 @@ def video(folder: Path, group: Group, split: Degrees, size: str) -> dict[str, An
         guidance_scale=5.0,
         max_text_tokens=32,
     )
-    first_frame, steps = first_frame_of(width, height), list[tuple[int, int]]()
+    first_frame, positions, positions_alone = first_frame_of(width, height), list[Position](), list[Position]()
     alone = Group(rank=0, world_size=1, num_nodes=1, device=group.device)
-    expected = load_animator(folder, config, alone).animate(first_frame, 5)
+    animate_alone = load_animator(folder, config, alone).animate
+    expected = animate_alone(first_frame, 5, positions_alone.append)
     animate = load_animator(folder, config, group, split).animate
     with counted_bytes() as sent:
-        found = animate(first_frame, 5, lambda index, num_steps, _: steps.append((index, num_steps)))
+        found = animate(first_frame, 5, positions.append)
     again = animate(first_frame, 5)
+    resumed = (animate(first_frame, 5, start=positions_alone[1]), animate_alone(first_frame, 5, start=positions[1]))
     return {
         "size": size,
         "to_one_rank": float(np.abs(found - expected).max()),
         "to_second_call": float(np.abs(found - again).max()),
+        "resumed_to_one_rank": max(float(np.abs(one - expected).max()) for one in resumed),
         "same_on_every_rank": np.array_equal(found, group.from_first(found)),
         "largest": float(np.abs(expected).max()),
         "sent": dict(sent),
         "latent_bytes": expected.nbytes,
-        "steps": steps,
+        "steps": [(position.num_done, position.num_steps) for position in positions],
     }
 
 

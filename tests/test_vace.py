@@ -20,6 +20,7 @@ from ipt2v.config import VideoConfig
 from ipt2v.models.umt5 import load_text_encoder, padded
 from ipt2v.models.vace.condition import condition, empty_video, encode, first_frame_video, fit, fold_mask, letterbox
 from ipt2v.models.vace.load import Animator, draw_noise, load_animator, load_scheduler
+from ipt2v.models.vace.position import Position
 from ipt2v.parallel import Group, group_from_environment
 from ipt2v.records import FirstFrame
 
@@ -265,11 +266,11 @@ def test_any_control_video_mask_and_references_are_conditioned_as_the_pipeline_d
 def test_latents_of_dpm_solver_equal_the_pipelines_bit_for_bit(
     pipelines, animators, first_frames: FirstFrames, changes: dict[str, Any]
 ) -> None:
-    config, steps = settings("64x48x9", scheduler="dpm++", **changes), list[tuple[int, int]]()
+    config, positions = settings("64x48x9", scheduler="dpm++", **changes), list[Position]()
     first_frame, pipeline = first_frames(config), pipelines(config)
     texts = embeddings(config, first_frame)
 
-    latents_CTHW = animators(config).animate(first_frame, SEED, lambda index, num_steps, _: steps.append((index, num_steps)))
+    latents_CTHW = animators(config).animate(first_frame, SEED, positions.append)
 
     unipc = by_pipeline(pipeline, config, first_frame.image_HWC, output_type="latent", **texts)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
@@ -278,7 +279,8 @@ def test_latents_of_dpm_solver_equal_the_pipelines_bit_for_bit(
     expected = by_pipeline(pipeline, config, first_frame.image_HWC, output_type="latent", **texts)
     assert_same_bits(latents_CTHW, expected)
     assert np.abs(expected - unipc).max() > 1e-3
-    assert steps == [(index, config.num_inference_steps) for index in range(config.num_inference_steps)]
+    assert [one.num_done for one in positions] == list(range(1, config.num_inference_steps + 1))
+    assert_same_bits(animators(config).animate(first_frame, SEED, start=positions[0]), latents_CTHW)
 
 
 @pytest.mark.parametrize("name", ["unipc", "dpm++"])
