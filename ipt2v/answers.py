@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ipt2v.atomic import write_text
 from ipt2v.records import Answer
+from ipt2v.watch import beat
 
 WAIT_SECONDS = 0.5  # between looks at what another shard is asking
 
@@ -30,6 +31,7 @@ def answer_all(messages: Sequence[str], generate: Generate, *, folder: Path, bat
     answers: dict[str, Answer] = {}
     waiting = list(dict.fromkeys(messages))
     while waiting:
+        beat()
         with ExitStack() as claims:
             known, mine = _look(waiting, folder, batch_size, claims)
             made = dict(zip(mine, generate(mine), strict=True)) if mine else {}

@@ -200,6 +200,14 @@ class VideoConfig(PictureSize):
         return num_frames
 
 
+class RehearsalConfig(Settings):
+    """Everything but the models: placeholder pictures, to prove the rest of a run before GPUs are paid for."""
+
+    enabled: bool = False
+    seconds: float = Field(0.0, ge=0)  # that a video pretends to take
+    spread: float = Field(1.0, ge=1)  # up to so many times as long, depending on its key
+
+
 class RunConfig(Settings):
     """Everything that may change a pixel of a run."""
 
@@ -213,6 +221,7 @@ class RunConfig(Settings):
     first_frame: FirstFrameConfig = FirstFrameConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     video: VideoConfig = VideoConfig()
+    rehearsal: RehearsalConfig = RehearsalConfig()
 
     @model_validator(mode="after")
     def _no_float16_by_zero3(self) -> Self:

@@ -7,19 +7,17 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from ipt2v.watch import collective_timeout
+
 if TYPE_CHECKING:
     from ipt2v.xdit import Subgroups
 
 T = TypeVar("T")
-
-# A collective that waits longer has lost a rank; the slowest legitimate wait is one rank reading 35 GB of weights.
-COLLECTIVE_TIMEOUT_MINUTES = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +95,7 @@ def group_from_environment(*, max_ranks: int | None = None) -> Iterator[Group]:
     from ipt2v import xdit
 
     backend = "nccl" if group.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES))
+    dist.init_process_group(backend, timeout=collective_timeout())
     try:
         yield group
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from ipt2v import hdf5
 from ipt2v.answers import answer_all
 from ipt2v.atomic import write_text
 from ipt2v.parallel import Group, group_from_environment
-from ipt2v.records import Failure, Item
+from ipt2v.records import Failure, FirstFrame, Item, Made
 from ipt2v.run_dir import STAGES, VERIFY_SPLIT, WEIGHTS_DIR_VARIABLE, RunDir, seal_shard
 from ipt2v.video_shard import make_videos
 from ipt2v.watch import beat, rest
@@ -57,12 +58,7 @@ def _make_first_frames(work: Work, group: Group) -> bool:
 
 
 def _paint(work: Work, group: Group, todo: tuple[Item, ...]) -> None:
-    from ipt2v.models.quiet import quiet_libraries
-    from ipt2v.stages import first_frame
-
-    quiet_libraries()
-    remember = partial(answer_all, folder=work.run.answers_path, batch_size=work.config.decouple.batch_size)
-    for made in first_frame.make(todo, work.config, work.weights_dir, group, remember):
+    for made in _first_frames(work, group, todo):
         beat()
         if isinstance(made, Failure):
             work.run.save_failure(made)
@@ -72,6 +68,19 @@ def _paint(work: Work, group: Group, todo: tuple[Item, ...]) -> None:
             hdf5.save_first_frame(path, made.record, work.provenance(made, group))
             log.info("first_frame %s %.1f s", made.record.key, made.seconds)
     group.meet()  # each rank writes the records of its own items: nobody seals before all are there
+
+
+def _first_frames(work: Work, group: Group, todo: tuple[Item, ...]) -> Iterator[Made[FirstFrame] | Failure]:
+    if work.config.rehearsal.enabled:
+        from ipt2v.stages import rehearsal
+
+        return rehearsal.make_first_frames(todo, work.config, group)
+    from ipt2v.models.quiet import quiet_libraries
+    from ipt2v.stages import first_frame
+
+    quiet_libraries()
+    remember = partial(answer_all, folder=work.run.answers_path, batch_size=work.config.decouple.batch_size)
+    return first_frame.make(todo, work.config, work.weights_dir, group, remember)
 
 
 def _verify_split(work: Work, group: Group) -> bool:

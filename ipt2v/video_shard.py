@@ -30,6 +30,7 @@ from ipt2v.watch import beat, on_interruption
 from ipt2v.work import Work
 
 if TYPE_CHECKING:
+    from ipt2v.stages.rehearsal import RehearsalStage
     from ipt2v.stages.video import VideoStage
 
 MAX_REASON = 500  # characters of an exception's text
@@ -58,16 +59,24 @@ def make_videos(work: Work, group: Group) -> bool:
 def _load_and_deliver(
     work: Work, group: Group, undecoded: tuple[str, ...], claimed: Iterator[Claim], claims: Claims | None
 ) -> None:
-    from ipt2v.models.quiet import quiet_libraries
-    from ipt2v.stages import video
-
-    quiet_libraries()
     with background_encoder(write_mp4, crf=work.config.video.crf) as encoder, ThreadPoolExecutor(1) as files:
-        stage = video.load(work.config, work.weights_dir, group)
+        stage = _load(work, group)
         life = group.from_first(uuid.uuid4().hex[:12])
         delivery = Delivery(work=work, group=group, stage=stage, encoder=encoder, files=files, life=life)
         with on_interruption(delivery.steps.save):
             deliver(delivery, undecoded, claimed, claims)
+
+
+def _load(work: Work, group: Group) -> VideoStage | RehearsalStage:
+    if work.config.rehearsal.enabled:
+        from ipt2v.stages.rehearsal import RehearsalStage
+
+        return RehearsalStage(config=work.config, group=group)
+    from ipt2v.models.quiet import quiet_libraries
+    from ipt2v.stages import video
+
+    quiet_libraries()
+    return video.load(work.config, work.weights_dir, group)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -119,7 +128,7 @@ class Delivery:
 
     work: Work
     group: Group
-    stage: VideoStage
+    stage: VideoStage | RehearsalStage
     encoder: Encoder
     files: ThreadPoolExecutor  # one thread that reads and writes records while a video is denoised
     life: str = ""  # the same on all ranks, another after each start of the element

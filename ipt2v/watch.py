@@ -6,12 +6,20 @@ import faulthandler
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # Set by the launcher; without them nobody watches, and time does not end.
 STALL_SECONDS = "IPT2V_STALL_SECONDS"  # without a sign of life
 END_TIME = "IPT2V_END_TIME"  # when the scheduler will end this process, in seconds of Unix time
+
+# A collective that waits longer has lost a rank; the slowest legitimate wait is one rank reading 35 GB of weights.
+COLLECTIVE_SECONDS = 30 * 60.0
+AFTER_STALL_SECONDS = 5 * 60.0  # later than the timers of a rank that hangs, so that those come first and print its stacks
 
 log = logging.getLogger(__name__)
 _on_interruption: list[Callable[[], None]] = []
@@ -26,6 +34,19 @@ def beat() -> None:
     seconds = float(os.environ.get(STALL_SECONDS, "0"))
     if seconds > 0:
         faulthandler.dump_traceback_later(seconds, exit=True)
+
+
+def beating(values: Iterable[T]) -> Iterator[T]:
+    """The values, with a sign of life before each."""
+    for value in values:
+        beat()
+        yield value
+
+
+def collective_timeout() -> timedelta:
+    """How long a collective may take."""
+    stall = float(os.environ.get(STALL_SECONDS, "0"))
+    return timedelta(seconds=stall + AFTER_STALL_SECONDS if stall > 0 else COLLECTIVE_SECONDS)
 
 
 def rest() -> None:

@@ -50,7 +50,8 @@ def prepare(config: RunConfig, *, weights_dir: Path, runs_dir: Path, num_shards:
     check_weights(weights_dir, config)
     weights = fingerprints(weights_dir, config)
     digest = run_digest(config, manifest_digest=manifest_digest(items), weights=weights)
-    run = RunDir(runs_dir.absolute() / f"{config.name}-{digest[:8]}")
+    name = f"{config.name}-rehearsal" if config.rehearsal.enabled else config.name
+    run = RunDir(runs_dir.absolute() / f"{name}-{digest[:8]}")
     if run.root.exists():
         _check_same(run, digest, num_shards)
         environment = run.environment()

@@ -61,12 +61,13 @@ def value_at(config: RunConfig, path: tuple[str, ...]) -> Any:
 
 def another(value: Any, path: tuple[str, ...]) -> Any:
     """A legal value that is not `value`."""
-    if path[-1] in CHOICES:
-        return CHOICES[path[-1]]
+    for name in (".".join(path), path[-1]):
+        if name in CHOICES:
+            return CHOICES[name]
     if path[-1] == "top_p":
         return value / 2
     if path[-1].endswith("dtype"):
-        return "float16" if value != "float16" else "float32"
+        return "float32" if value != "float32" else "bfloat16"  # float16 is refused to the text encoder by zero3
     if isinstance(value, str):
         return value + "x"
     return value + {"width": 16, "height": 16, "num_frames": 4, "enough_similarity": -0.25}.get(path[-1], 1)
@@ -90,12 +91,17 @@ CHOICES = {
     "compile": "default",
     "scheduler": "dpm++",
     "remove_background": False,
-    "weights_sharding": "fsdp2",
+    "video.weights_sharding": "fsdp2",
+    "decouple.weights_sharding": "tensor",
+    "text_encoder.weights_sharding": "none",
     "cpu_offload": True,
 }
 # zero3: without it, cpu_offload has no other legal value
 SMALL = parse_settings(
-    RunConfig, {"name": "small", "testset": {"path": "here"}, "video": {"weights_sharding": "zero3"}}, where="test"
+    RunConfig,
+    {"name": "small", "testset": {"path": "here"}}
+    | {block: {"weights_sharding": "zero3"} for block in ("decouple", "text_encoder", "video")},
+    where="test",
 )
 LEAVES = [path for path, _ in leaves(RunConfig)]
 PIXELS = [path for path in LEAVES if path[0] not in ("name", "testset")]
@@ -224,9 +230,18 @@ def test_a_value_that_does_not_fit_names_file_key_and_value(file: Path, text: st
     assert [word for word in (str(file), *words) if word not in found] == []
 
 
-def test_offloading_is_refused_to_all_but_zero3(file: Path) -> None:
-    file.write_text(MINIMAL + "video: {cpu_offload: true, weights_sharding: fsdp2}")
-    assert error_of(file).startswith(f"{file}: video: found cpu_offload with weights_sharding 'fsdp2', expected 'zero3'")
+@pytest.mark.parametrize(("block", "other"), [("video", "fsdp2"), ("decouple", "tensor"), ("text_encoder", "none")])
+def test_offloading_is_refused_to_all_but_zero3(file: Path, block: str, other: str) -> None:
+    file.write_text(MINIMAL + f"{block}: {{cpu_offload: true, weights_sharding: {other}}}")
+    assert error_of(file).startswith(f"{file}: {block}: found cpu_offload with weights_sharding '{other}', expected 'zero3'")
+    assert error_of(file, f"{block}.weights_sharding=zero2").startswith(f"{file}: {block}.weights_sharding: found 'zero2'")
+    load_settings(RunConfig, file, (f"{block}.weights_sharding=zero3",))
+
+
+def test_the_text_encoder_in_float16_is_refused_to_zero3(file: Path) -> None:
+    file.write_text(MINIMAL + "text_encoder: {weights_sharding: zero3}\nvideo: {dtype: float16}")
+    assert error_of(file).startswith(f"{file}: text_encoder.weights_sharding: found 'zero3' with video.dtype 'float16'")
+    load_settings(RunConfig, file, ("video.dtype=bfloat16",))
 
 
 def test_a_missing_key_says_so(file: Path) -> None:

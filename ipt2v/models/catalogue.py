@@ -42,7 +42,9 @@ _EMBEDDERS = ("text_encoder", "tokenizer")  # of the video model: array 1 embeds
 
 
 def folders(config: RunConfig) -> dict[str, str]:
-    """role -> name of the weights folder that it reads, of the roles that the run has."""
+    """role -> name of the weights folder that it reads, of the roles that the run has; a rehearsal has none."""
+    if config.rehearsal.enabled:
+        return {}
     paints = config.starts_from_first_frame
     rows = (
         ("faces", config.faces.model, True),

@@ -21,8 +21,10 @@ from transformers import (
 
 from ipt2v.config import DecoupleConfig
 from ipt2v.models.tensor_parallel import check_slices, own_slice
+from ipt2v.models.zero3 import is_shared, load_zero3
 from ipt2v.parallel import Group
 from ipt2v.records import Answer, item_seed
+from ipt2v.watch import beat
 
 Generate = Callable[[Sequence[str]], list[Answer]]
 
@@ -32,9 +34,10 @@ def load_generator(
 ) -> Generate:
     """generate(user messages) -> the model's answers, thinking off; each sampled from a seed of its own message.
 
-    With several ranks each holds a slice of the model, for GPUs that cannot hold it whole. All of them load it, and then call
-    generate with the same messages in the same order (`lead`, `follow`); all get the same answers. In half precision these
-    may differ from one rank's, as sums are rounded slice by slice. Raises ValueError if the model cannot be cut so.
+    With several ranks each holds a part of the model, for GPUs that cannot hold it whole. All of them load it, and then call
+    generate with the same messages in the same order (`lead`, `follow`); all get the same answers. These are one rank's if
+    weights_sharding is zero3 (load and ask in `ready_for_zero3`). Of slices they may differ in half precision, as sums are
+    rounded slice by slice. Raises ValueError if the model cannot be cut so, or DeepSpeed is not installed.
     """
     tokenizer, model = _load(folder, settings, device, num_ranks)
     end_tokens = torch.tensor(model.generation_config.eos_token_id, device=device)  # one, or a list
@@ -67,12 +70,19 @@ def load_generator(
 
 
 def _load(folder: Path, settings: DecoupleConfig, device: torch.device, num_ranks: int) -> tuple[Any, Any]:
-    """(tokenizer, model on `device`, or this rank's slice of it)."""
-    if num_ranks > 1:
+    """(tokenizer, model on `device`, or this rank's part of it)."""
+    shared, dtype = is_shared(settings, num_ranks), getattr(torch, settings.dtype)
+    if num_ranks > 1 and not shared:
         check_slices(folder, num_ranks)  # before minutes of loading
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype)).eval()
-    model = model.to(device) if num_ranks == 1 else own_slice(model, device)
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+    if shared:
+        model = load_zero3(load, dtype, device, cpu_offload=settings.cpu_offload)
+    else:
+        model = load().to(device) if num_ranks == 1 else own_slice(load(), device)
     # In place of the checkpoint's own generation_config.json (Qwen3: temperature 0.6, top_k 20), which so has no say.
     model.generation_config = GenerationConfig(
         do_sample=False,  # the sampling is done by seeded_sampling, below
@@ -88,7 +98,7 @@ def lead(generate: Generate, group: Group) -> Iterator[Generate]:
     """`generate` for rank 0, which alone knows what is to be asked; each batch is asked on all ranks of the group.
 
     The others are in `follow` with their own `generate`, until this context ends. They wait for one batch after another as
-    long as a collective may take (COLLECTIVE_TIMEOUT_MINUTES).
+    long as a collective may take (watch.collective_timeout).
     """
     followers_listen = True
 
@@ -96,6 +106,7 @@ def lead(generate: Generate, group: Group) -> Iterator[Generate]:
         nonlocal followers_listen
         if not messages:
             return []
+        beat()
         group.from_first(list(messages))
         followers_listen = False
         answers = generate(messages)
@@ -113,6 +124,7 @@ def lead(generate: Generate, group: Group) -> Iterator[Generate]:
 def follow(generate: Generate, group: Group) -> None:
     """Answer, on another rank than 0, whatever rank 0's `lead` asks, until there is nothing more."""
     while messages := group.from_first(list[str]()):
+        beat()
         generate(messages)
 
 
@@ -141,7 +153,7 @@ class _GumbelNoise(LogitsProcessor):
 class _ChoiceOfRank0(LogitsProcessor):
     """Leaves each rank the token that rank 0 would choose: one that chose another would fall out of step, and all would hang.
 
-    The ranks' scores are sums over all ranks, so they should be equal; but that is a promise of no backend.
+    Their scores should be equal, as sums over all ranks, or as results of equal weights; but that is a promise of no backend.
     """
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:

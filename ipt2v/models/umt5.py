@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +15,31 @@ from diffusers.pipelines.wan.pipeline_wan_vace import prompt_clean
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from ipt2v.config import VideoConfig
+from ipt2v.config import TextEncoderConfig, VideoConfig
+from ipt2v.models.zero3 import is_shared, load_zero3
 from ipt2v.records import TextEmbedding
 
+_WHOLE = TextEncoderConfig()
 
-def load_text_encoder(folder: Path, settings: VideoConfig, *, device: torch.device) -> Callable[[str], TextEmbedding]:
-    """encode(text) -> its embedding as WanVACEPipeline.encode_prompt makes it, without the padding."""
+
+def load_text_encoder(
+    folder: Path, settings: VideoConfig, *, device: torch.device, sharing: TextEncoderConfig = _WHOLE, num_ranks: int = 1
+) -> Callable[[str], TextEmbedding]:
+    """encode(text) -> its embedding as WanVACEPipeline.encode_prompt makes it, without the padding.
+
+    If ranks share the model (`is_shared`), all load it, in `ready_for_zero3`, and then encode equally many texts each.
+    Raises ValueError if DeepSpeed, which they need for this, is not installed.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    model = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=getattr(torch, settings.dtype)).eval().to(device)
+    dtype = getattr(torch, settings.dtype)
+
+    def load() -> Any:
+        return UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype).eval()
+
+    if is_shared(sharing, num_ranks):
+        model = load_zero3(load, dtype, device, cpu_offload=sharing.cpu_offload)
+    else:
+        model = load().to(device)
 
     @torch.inference_mode()
     def encode(text: str) -> TextEmbedding:

@@ -16,12 +16,14 @@ from ipt2v.models.faces import Analyse, load_face_analysis, subject_of
 from ipt2v.models.hrnet.cutout import Cut, keep_whole, load_cutter
 from ipt2v.models.llm import Generate, follow, lead, load_generator
 from ipt2v.models.umt5 import load_text_encoder
+from ipt2v.models.zero3 import is_shared, ready_for_zero3
 from ipt2v.parallel import Group, release
 from ipt2v.records import Answer, Failure, FirstFrame, Item, ItemError, Made, TextEmbedding
 from ipt2v.references import load_photos
 from ipt2v.stages.decouple import Decoupled, decouple
 from ipt2v.stages.painting import Photos, Picture, load_painting
 from ipt2v.stages.portraits import Portrait, portray
+from ipt2v.watch import beating
 
 STAGE = "first_frame"
 
@@ -35,15 +37,17 @@ def make(
     """One first frame or failure for each item of this rank's share.
 
     One model after the other, so that the largest alone sets the memory. The painter is slow and comes last, so that each
-    painted item is a finished record; all others go over all items before it. Several ranks hold a slice of the LLM each, for
-    GPUs that cannot hold it whole, and share the people among them for everything else.
+    painted item is a finished record; all others go over all items before it. Several ranks hold a part of the LLM each, and
+    of the text encoder if set so, for GPUs that cannot hold it whole; they share the people among them for everything else.
     """
     mine, device = own_share(items, group), group.device
     photos, failures = read_photos(mine)
     yield from failures
     good = [item for item in mine if item.photos in photos]
     if not good:
-        split_prompts((), config, weights_dir, group, remember)  # other ranks may need this one's slice of the LLM
+        # other ranks may need this one's part of the LLM and of the text encoder
+        split_prompts((), config, weights_dir, group, remember)
+        embed((), config, weights_dir, group)
         return
     start = time.monotonic()
     analyse = load_face_analysis(weights_dir / config.faces.model)  # on the CPU: onnxruntime for CUDA is another package
@@ -52,7 +56,7 @@ def make(
     pairs = [(item.prompt, subject_of(portraits[item.photos].faces)) for item in good]
     decoupled = split_prompts(pairs, config, weights_dir, group, remember)
     texts = [config.video.negative_prompt, *(one.temporal for one in decoupled)]
-    embeddings = embed(texts, config, weights_dir, device)
+    embeddings = embed(texts, config, weights_dir, group)
     paint = load_painting(portraits, config, weights_dir, device, analyse)
     shared_seconds = (time.monotonic() - start) / len(good)
 
@@ -115,7 +119,7 @@ def portray_all(
             input_size=settings.input_size,
         )
     hyperlora = config.hyperlora if config.starts_from_first_frame else config.hyperlora.model_copy(update={"enabled": False})
-    portraits = {key: portray(pixels, analyse, cut, hyperlora) for key, pixels in photos.items()}
+    portraits = {key: portray(pixels, analyse, cut, hyperlora) for key, pixels in beating(photos.items())}
     del cut
     release(device)
     return portraits
@@ -140,16 +144,17 @@ def split_prompts(
         return loaded[0](messages)
 
     decoupled: list[list[Decoupled]] = []
-    if group.is_first:
-        with lead(generate, group) as ask:
-            pairs, settings = list(chain(*everyones)), config.decouple
-            known = decouple(pairs, settings, lambda messages: remember(messages, ask), spatial=config.starts_from_first_frame)
-        answers = iter(known)
-        decoupled = [list(islice(answers, len(one))) for one in everyones]
-    else:
-        follow(generate, group)
-    loaded.clear()
-    release(group.device)
+    with ready_for_zero3(config.decouple, group):
+        if group.is_first:
+            with lead(generate, group) as ask:
+                pairs, settings, spatial = list(chain(*everyones)), config.decouple, config.starts_from_first_frame
+                known = decouple(pairs, settings, lambda messages: remember(messages, ask), spatial=spatial)
+            answers = iter(known)
+            decoupled = [list(islice(answers, len(one))) for one in everyones]
+        else:
+            follow(generate, group)
+        loaded.clear()
+        release(group.device)
     return group.from_first(decoupled)[group.rank]
 
 
@@ -159,10 +164,23 @@ def own_share(items: Sequence[Item], group: Group) -> list[Item]:
     return [item for item in items if people[item.photos] % group.world_size == group.rank]
 
 
-def embed(texts: Sequence[str], config: RunConfig, weights_dir: Path, device: torch.device) -> dict[str, TextEmbedding]:
-    """Embedding of each distinct text; the text encoder is gone when it returns."""
-    encode = load_text_encoder(weights_dir / config.video.model, config.video, device=device)
-    embeddings = {text: encode(text) for text in dict.fromkeys(texts)}
-    del encode
-    release(device)
+def embed(texts: Sequence[str], config: RunConfig, weights_dir: Path, group: Group) -> dict[str, TextEmbedding]:
+    """Embedding of each distinct text; the text encoder is gone when it returns, and not loaded for nothing.
+
+    To be called on every rank, each with texts of its own.
+    """
+    distinct, sharing = list(dict.fromkeys(texts)), config.text_encoder
+    num_forwards = len(distinct)
+    if is_shared(sharing, group.world_size):
+        num_forwards = max(group.gather(num_forwards))
+    if not num_forwards:
+        return {}
+    folder, num_ranks = weights_dir / config.video.model, group.world_size
+    with ready_for_zero3(sharing, group):
+        encode = load_text_encoder(folder, config.video, device=group.device, sharing=sharing, num_ranks=num_ranks)
+        embeddings = {text: encode(text) for text in beating(distinct)}
+        for _ in range(num_forwards - len(distinct)):
+            encode("")  # ranks with more texts need this one's part of the weights
+        del encode
+        release(group.device)
     return embeddings

@@ -101,7 +101,7 @@ def child(step: str, weights: Path) -> float:
     if step == "LLM":
         return peak_mb(lambda: first_frame.split_prompts([("She walks.", "A woman")], config, weights, alone, ask_all))
     if step == "text encoder":
-        return peak_mb(lambda: first_frame.embed(["She walks."], config, weights, device))
+        return peak_mb(lambda: first_frame.embed(["She walks."], config, weights, alone))
     if step == "painter":
         folder = weights / config.first_frame.model
         return peak_mb(lambda: load_painter(folder, config.first_frame, device=device).paint("a beach", 1))

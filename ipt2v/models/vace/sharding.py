@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from ipt2v.config import VideoConfig
 from ipt2v.models.deepspeed_start import is_installed, running_deepspeed
 from ipt2v.models.vace.weights import Checkpoint, Stored, dtype_of, empty_transformer, find_checkpoint, read_whole
+from ipt2v.models.zero3 import add_hooks, zero3_config
 from ipt2v.parallel import Group
 
 
@@ -99,7 +99,7 @@ def _shard_by_deepspeed(
 
     Layer by layer: inside `with zero.Init():` DeepSpeed would make every parameter, and the rotary frequencies, of one dtype.
     """
-    dtype, config = getattr(torch, settings.dtype), _zero3_config(settings, group)
+    dtype, config = getattr(torch, settings.dtype), zero3_config(group.device, cpu_offload=settings.cpu_offload)
     with running_deepspeed(group.device) as deepspeed:
         for prefix, layer in _layers(transformer):
             names = [f"{prefix}.{leaf}".removeprefix(".") for leaf, _ in layer.named_parameters(recurse=False)]
@@ -107,9 +107,7 @@ def _shard_by_deepspeed(
                 _put(transformer, name, _on_first(name, checkpoint[name], dtype_of(name, dtype), group))
             if names:
                 deepspeed.zero.Init(module=layer, config_dict_or_path=config)  # sends rank 0's values, keeps this rank's part
-        engine = deepspeed.initialize(model=transformer, config=config)[0].eval()
-    # its hooks are on the layers, and gather; it takes them away when it is freed
-    transformer.__dict__["_deepspeed_engine"] = engine
+        add_hooks(deepspeed, transformer, config)
 
 
 def _layers(transformer: WanVACETransformer3DModel) -> list[tuple[str, nn.Module]]:
@@ -128,19 +126,6 @@ def _on_first(name: str, stored: Stored, dtype: torch.dtype, group: Group) -> nn
     else:
         tensor = torch.empty(stored.shape, dtype=dtype, device=group.device)
     return nn.Parameter(tensor, requires_grad=False)
-
-
-def _zero3_config(settings: VideoConfig, group: Group) -> dict[str, Any]:
-    """DeepSpeed's settings for sharing, without training."""
-    sharing: dict[str, Any] = {
-        "stage": 3,
-        "stage3_param_persistence_threshold": 0,  # small parameters, too
-        "memory_efficient_linear": False,  # it would replace torch.nn.functional.linear for every model of this process
-    }
-    if settings.cpu_offload:
-        sharing["offload_param"] = {"device": "cpu", "pin_memory": group.device.type == "cuda"}
-    # a batch size is asked for, though nothing is trained
-    return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": sharing}
 
 
 def _put(transformer: WanVACETransformer3DModel, name: str, value: torch.Tensor) -> None:

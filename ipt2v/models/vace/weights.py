@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +18,8 @@ from accelerate import init_empty_weights
 from diffusers import WanVACETransformer3DModel
 from safetensors import SafetensorError, safe_open
 
-from ipt2v.parallel import COLLECTIVE_TIMEOUT_MINUTES, Group
+from ipt2v.parallel import Group
+from ipt2v.watch import collective_timeout
 
 T = TypeVar("T")
 
@@ -146,7 +146,7 @@ def _node_of(group: Group) -> Iterator[tuple[int, dist.ProcessGroup] | None]:
     if per_node == 1:
         yield None
         return
-    timeout = timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES)  # a new group does not take over the world's
+    timeout = collective_timeout()  # a new group does not take over the world's
     # every rank makes every node's group, in the same order: torch asks for it
     nodes = [dist.new_group(range(first, first + per_node), timeout=timeout) for first in range(0, group.world_size, per_node)]
     own = group.rank // per_node
