@@ -123,6 +123,9 @@ class Claims:
             if whole and self.leases.take(lease):
                 seal_shard(run, "video", shard, keys)
                 self.leases.drop(lease)
+                for key in keys:  # who was killed has left some
+                    if run.mp4_path(key).exists():
+                        self.leases.path(key).unlink(missing_ok=True)
 
     def _failed(self, keys: tuple[str, ...]) -> set[str]:
         return self.work.run.failed("first_frame", keys) | self.work.run.failed("video", keys)

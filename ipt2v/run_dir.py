@@ -23,6 +23,7 @@ from pathlib import Path
 from ipt2v import hdf5
 from ipt2v.atomic import write_text
 from ipt2v.config import RunConfig, load_settings, run_digest
+from ipt2v.leases import free_leases
 from ipt2v.manifest import manifest_digest, read_manifest
 from ipt2v.records import Failure, Item
 
@@ -214,6 +215,16 @@ def seal_shard(run: RunDir, stage: str, shard: int, keys: Collection[str]) -> No
     hdf5.seal(run.sealed_path(stage, shard), [(key, paths[key]) for key in keys if key in paths])
     for key in parts:
         run.part_path(stage, key).unlink(missing_ok=True)
+
+
+def owner_of(shard: int) -> str:
+    """Who takes leases for the element that makes a shard."""
+    return f"video element {shard}"
+
+
+def free_leases_of_the_dead(run: RunDir, living: Collection[int]) -> None:
+    """Free what elements hold that make none of the `living` shards; for who knows which elements there are."""
+    free_leases(run.leases_path, {owner_of(shard) for shard in living})
 
 
 def _existing(folder: Path, keys: Collection[str], suffix: str) -> set[str]:

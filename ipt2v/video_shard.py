@@ -26,6 +26,7 @@ from ipt2v.mp4 import write_mp4
 from ipt2v.parallel import Group, is_loss_of_a_rank
 from ipt2v.position_file import save_position
 from ipt2v.records import FirstFrame, Made, VideoLatents
+from ipt2v.run_dir import owner_of
 from ipt2v.watch import beat, on_interruption
 from ipt2v.work import Work
 
@@ -43,7 +44,7 @@ def make_videos(work: Work, group: Group) -> bool:
     with ExitStack() as stack:
         claims = None
         if group.is_first:
-            mine = stack.enter_context(leases(work.run.leases_path, f"video element {work.shard}"))
+            mine = stack.enter_context(leases(work.run.leases_path, owner_of(work.shard)))
             claims = Claims(work=work, leases=mine)
         undecoded = group.from_first(() if claims is None else claims.undecoded())
         claimed = agreed(None if claims is None else claims.videos(), group)

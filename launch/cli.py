@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from launch.cluster import Cluster
     from launch.freeze import Prepared
     from launch.plan import Submission
+    from launch.queue import Submitted
 
 app = typer.Typer(
     help="A test set of (photo, prompt) pairs to a leaderboard-ready set of videos, as two dependent job arrays.",
@@ -47,6 +48,9 @@ ShardsOption = Annotated[int | None, typer.Option("--shards", min=1, help="array
 WeightsOption = Annotated[Path | None, typer.Option("--weights", help="folder of weights, over the cluster file's")]
 WeightsFolderOption = Annotated[Path, typer.Option("--weights", metavar="DIR", help="folder of weights")]
 RunsOption = Annotated[Path | None, typer.Option("--runs", help="folder of run folders, over the cluster file's")]
+RehearseOption = Annotated[
+    bool, typer.Option("--rehearse", help="with placeholder pictures in place of the models: all but them is proven in minutes")
+]
 DeadlineOption = Annotated[
     float, typer.Option("--deadline", metavar="HOURS", min=0, show_default=False, help="time that there is for the videos")
 ]
@@ -62,6 +66,7 @@ def plan(  # noqa: PLR0913, PLR0917 - options of a command line
     shards: ShardsOption = None,
     weights: WeightsOption = None,
     runs: RunsOption = None,
+    rehearse: RehearseOption = False,
     deadline: DeadlineOption = math.inf,
     splits: Annotated[bool, typer.Option("--splits", help="all ways to share a video, the refused ones, too")] = False,
 ) -> None:
@@ -69,32 +74,34 @@ def plan(  # noqa: PLR0913, PLR0917 - options of a command line
     from launch.progress import ranges, summary
     from launch.submit import sbatch_text
 
-    prepared, site = _prepare(config, overrides, cluster, shards, weights, runs)
-    todo = _todo(prepared, site, on)
+    prepared, site = _prepare(config, _rehearsed(overrides, rehearse), cluster, shards, weights, runs)
+    todo, has_models = _todo(prepared, site, on), not prepared.config.rehearsal.enabled
     state = "goes on" if prepared.run.root.exists() else "new"
     print(f"run    {prepared.run.root} ({state})\nitems  {summary(prepared.counts())} in {len(prepared.shards)} shards")
     for number, submission in enumerate(todo, 1):
         resources = site.resources(submission.stage)
         ranks = f"{1 if on == Place.here else resources.num_tasks} ranks per element"
-        if submission.stage == "video" and on != Place.here:
+        if submission.stage == "video" and on != Place.here and has_models:
             split, need = _split(prepared, site)
             ranks += f" ({split}; at least {need} on each)"
         waits = f", element i after element i of array {number - 1}" if submission.after else ""
+        waits += f", each after its first frames in array {submission.living.job_id}" if submission.living else ""
         print(f"\narray {number}: {submission.stage}, shards {ranges(submission.shards)}, {ranks}{waits}")
         if on == Place.slurm:
             after = f"<job id of array {number - 1}>" if submission.after else None
             print(_indented(sbatch_text(prepared.run, site, submission, after)))
     if not todo:
         print("\nnothing to submit: every item is made, failed, or in the queue")
-    elif on != Place.here:
+    elif on != Place.here and has_models:
         print("\n" + "\n".join(_costs(prepared, site, todo, deadline, every=splits)))
 
 
 @app.command(
     epilog="Examples: ipt2v submit configs/demo.yaml --on local;  "
-    "ipt2v submit configs/vace_14b_480p.yaml testset.path=/data/testset --on slurm --cluster configs/cluster/h100.yaml"
+    "ipt2v submit configs/vace_14b_480p.yaml testset.path=/data/testset --on slurm --cluster configs/cluster/h100.yaml. "
+    "First on a few CPUs, without weights: the same with --rehearse"
 )
-def submit(
+def submit(  # noqa: PLR0913, PLR0917 - options of a command line
     config: ConfigArgument,
     overrides: OverridesArgument = None,
     on: PlaceOption = Place.slurm,
@@ -102,16 +109,26 @@ def submit(
     shards: ShardsOption = None,
     weights: WeightsOption = None,
     runs: RunsOption = None,
+    rehearse: RehearseOption = False,
     wait: Annotated[bool, typer.Option("--wait", help="with --on slurm: show progress until the queue is done")] = False,
 ) -> None:
     """Make what is missing of a run; submitting again goes on with it. Finished items are never made twice."""
+    from ipt2v.run_dir import free_leases_of_the_dead
     from launch.freeze import freeze
+    from launch.lock import run_lock
+    from launch.queue import live_elements, settle
 
-    prepared, site = _prepare(config, overrides, cluster, shards, weights, runs)
-    todo = _todo(prepared, site, on)
+    prepared, site = _prepare(config, _rehearsed(overrides, rehearse), cluster, shards, weights, runs)
+    _check_ranks(prepared, site, on)
     run = freeze(prepared)
     print(f"run    {run.root}", flush=True)
-    problems = _start(run, site, todo, on, wait=wait)
+    with run_lock(run, f"submit --on {on}"):
+        if on == Place.slurm:
+            settle(run, final=True)
+        free_leases_of_the_dead(run, {shard for stage, shard in live_elements(run) if stage == "video"})
+        problems = _start(run, site, _todo(prepared, site, on), on)
+    if wait:
+        _wait(run, on)
     if on != Place.slurm or wait:
         _finish(run, problems)
 
@@ -150,25 +167,93 @@ def status(run: RunArgument, as_json: Annotated[bool, typer.Option("--json", hel
     raise typer.Exit(1 if any(count.failed for count in counts) else 0)
 
 
-@app.command(epilog="Example: ipt2v logs runs/vace_14b_480p-1a2b3c4d video 3")
+@app.command(
+    epilog="Examples: ipt2v logs runs/vace_14b_480p-1a2b3c4d;  ipt2v logs runs/vace_14b_480p-1a2b3c4d video 3 --rank 1 -f"
+)
 def logs(
     run: RunArgument,
-    stage: Annotated[str, typer.Argument(help="first_frame or video")],
-    shard: Annotated[int, typer.Argument(help="0-based")],
+    stage: Annotated[str | None, typer.Argument(help="first_frame or video; without it all logs are listed")] = None,
+    shard: Annotated[int | None, typer.Argument(help="0-based")] = None,
     rank: Annotated[int, typer.Option(help="0-based; rank 0 writes the records")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="show what is written, until the element is over")] = False,
 ) -> None:
-    """Print the logs of one rank of one shard, oldest submission first."""
+    """Print the logs of one rank of one shard, oldest submission first; or list all logs, those of failed elements first."""
     from ipt2v.run_dir import RunDir
+    from launch.evidence import gather
+    from launch.logs import follow as follow_logs
+    from launch.logs import list_logs, print_logs
     from launch.queue import log_files
 
     opened = RunDir(run)
+    opened.environment()
+    if stage is None or shard is None:
+        if stage is not None or follow:
+            raise ValueError("logs: name STAGE and SHARD, as in `ipt2v logs RUN video 3`; with neither, all logs are listed")
+        print("\n".join(list_logs(gather(opened))) or f"{run}: no log yet; `ipt2v status {run}` tells what has started")
+        return
     opened.shard(shard)
+    if follow:
+        try:
+            print(follow_logs(opened, stage, shard, rank))
+        except KeyboardInterrupt:
+            raise typer.Exit(0) from None
+        return
     files = log_files(opened, stage, shard, rank)
     if not files:
         raise ValueError(f"{run}: no log of {stage} shard {shard} rank {rank} yet; `ipt2v status {run}` tells what has started")
-    for file in files:
-        print(f"==> {file} <==")
-        print(file.read_text(encoding="utf-8", errors="replace"), end="")
+    print_logs(files)
+
+
+@app.command(
+    epilog="Examples: ipt2v why runs/vace_14b_480p-1a2b3c4d id001/prompt1;  ipt2v why runs/vace_14b_480p-1a2b3c4d video 3"
+)
+def why(
+    run: RunArgument,
+    what: Annotated[list[str], typer.Argument(metavar="ITEM|STAGE SHARD", help="an item (id001/prompt1), or an element")],
+) -> None:
+    """Explain in plain words what has become of an item or an element: with the lines of the logs, and what to do."""
+    from ipt2v.run_dir import RunDir
+    from launch.evidence import why_lines
+
+    print("\n".join(why_lines(RunDir(run), tuple(what))))
+
+
+@app.command(epilog="Example: ipt2v nodes runs/vace_14b_480p-1a2b3c4d")
+def nodes(run: RunArgument) -> None:
+    """List the nodes on which elements have failed, and the line that keeps the bad ones out of the next submission."""
+    from ipt2v.run_dir import RunDir
+    from launch.evidence import all_faults, gather
+    from launch.faults import node_lines
+
+    opened = RunDir(run)
+    opened.environment()
+    known = gather(opened)
+    print("\n".join((*node_lines(tuple(all_faults(known))), *(f"not known: {line}" for line in known.lost))))
+
+
+@app.command(
+    epilog="Examples: ipt2v retry runs/vace_14b_480p-1a2b3c4d --failed --stage video;  "
+    "ipt2v retry runs/vace_14b_480p-1a2b3c4d id001/prompt1"
+)
+def retry(
+    run: RunArgument,
+    keys: Annotated[list[str] | None, typer.Argument(metavar="KEY", help="items: id001/prompt1")] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="all items that have failed")] = False,
+    stage: Annotated[str | None, typer.Option("--stage", help="only what failed in first_frame, or in video")] = None,
+) -> None:
+    """Let the next submission make failed items again. Their failure records and crash notes are kept in failure/retried."""
+    from ipt2v.run_dir import STAGES, RunDir
+    from launch.retry import retry as put_aside
+    from launch.retry import retry_lines
+
+    opened = RunDir(run)
+    opened.environment()
+    if stage not in (None, *STAGES):
+        raise ValueError(f"--stage {stage!r} unknown; known: {', '.join(STAGES)}")
+    if bool(keys) == failed:
+        raise ValueError(f"retry: name items, or --failed for all {len(opened.failures())} that have failed")
+    retried = put_aside(opened, keys or (), STAGES if stage is None else (stage,))
+    print("\n".join(retry_lines(opened, retried)))
 
 
 @app.command(
@@ -184,15 +269,18 @@ def verify_split(
     """Denoise one video over the ranks of a video element and again on one rank, four steps each, and compare the latents."""
     from ipt2v.run_dir import VERIFY_SPLIT, RunDir
     from launch.cluster import load_cluster
+    from launch.lock import run_lock
     from launch.plan import Submission
 
-    opened, site = RunDir(run), load_cluster(cluster)
+    opened, site = RunDir(run.absolute()), load_cluster(cluster)
     opened.shard(shard)
     if on == Place.here or site.video.num_tasks == 1:
         raise ValueError("verify-split: one rank against one rank says nothing; name a --cluster file with more for a video")
     path = opened.split_check_path(shard)
     path.unlink(missing_ok=True)
-    problems = _start(opened, site, (Submission(stage=VERIFY_SPLIT, shards=(shard,), after=False),), on, wait=True)
+    with run_lock(opened, f"verify-split --on {on}"):
+        problems = _start(opened, site, (Submission(stage=VERIFY_SPLIT, shards=(shard,), after=False),), on)
+    _wait(opened, on)
     if not path.is_file():
         raise OSError("; ".join(problems) or f"verify-split wrote nothing; see `ipt2v logs {run} {VERIFY_SPLIT} {shard}`")
     for name, value in json.loads(path.read_text(encoding="utf-8")).items():
@@ -203,11 +291,18 @@ def verify_split(
 def cancel(run: RunArgument) -> None:
     """Cancel what waits or runs of a run. Finished items stay; `submit` goes on with the rest."""
     from ipt2v.run_dir import RunDir
+    from launch.lock import Locked, run_lock
     from launch.queue import cancel as cancel_jobs
 
     opened = RunDir(run)
     opened.environment()  # a mistyped folder must not look like an idle run
-    ids = cancel_jobs(opened)
+    try:
+        with run_lock(opened, "cancel"):  # else a submitter would go on with what it has in mind
+            ids = cancel_jobs(opened)
+    except Locked as error:
+        if not error.what.endswith(("--on local", "--on here")):  # those stay for as long as the run takes
+            raise
+        ids = cancel_jobs(opened)
     print(f"cancelled {', '.join(ids)}" if ids else "nothing to cancel: no job of this run waits or runs")
 
 
@@ -344,24 +439,36 @@ def _prepare(
     return prepared, site
 
 
+def _rehearsed(overrides: list[str] | None, rehearse: bool) -> list[str]:
+    return [*(overrides or ()), *(["rehearsal.enabled=true"] if rehearse else [])]
+
+
 def _todo(prepared: Prepared, site: Cluster, on: Place) -> tuple[Submission, ...]:
-    """What to submit. Raises ValueError if the split of ranks is illegal."""
-    from ipt2v.run_dir import STAGES
+    """What to submit.
+
+    Raises ValueError if the split of ranks is illegal, OSError if SLURM does not say what is in the queue.
+    """
     from launch.plan import plan_submissions
     from launch.progress import ranges
-    from launch.queue import live_elements
+    from launch.queue import living
 
-    if on != Place.here:
+    _check_ranks(prepared, site, on)
+    arrays = living(prepared.run, for_slurm=on == Place.slurm)
+    if busy := {shard for array in arrays for shard in array.live}:
+        print(f"shards {ranges(tuple(sorted(busy)))} are waiting or running already; left alone")
+    return plan_submissions(prepared.counts(), arrays)
+
+
+def _check_ranks(prepared: Prepared, site: Cluster, on: Place) -> None:
+    """Raises ValueError if the split of ranks is illegal."""
+    config = prepared.config
+    if on != Place.here and not config.rehearsal.enabled:
         weights_dir = Path(prepared.environment.weights_dir)
-        if site.first_frame.num_tasks > 1:
+        if site.first_frame.num_tasks > 1 and config.asks_llm and config.decouple.weights_sharding == "tensor":
             from ipt2v.models.tensor_parallel import check_slices
 
-            check_slices(weights_dir / prepared.config.decouple.model, site.first_frame.num_tasks)
+            check_slices(weights_dir / config.decouple.model, site.first_frame.num_tasks)
         _split(prepared, site)
-    busy = {shard for stage, shard in live_elements(prepared.run) if stage in STAGES}
-    if busy:
-        print(f"shards {ranges(tuple(sorted(busy)))} are waiting or running already; left alone")
-    return plan_submissions(prepared.counts(), busy)
 
 
 def _split(prepared: Prepared, site: Cluster) -> tuple[Degrees, MemoryGb]:
@@ -383,22 +490,33 @@ def _costs(prepared: Prepared, site: Cluster, todo: tuple[Submission, ...], dead
     return cost_lines(prepared, site, shards, deadline_hours=deadline, every=every)
 
 
-def _start(run: RunDir, site: Cluster, todo: tuple[Submission, ...], on: Place, *, wait: bool) -> list[str]:
+def _start(run: RunDir, site: Cluster, todo: tuple[Submission, ...], on: Place) -> list[str]:
+    from launch.local import run_here, run_local
+    from launch.progress import ProgressLine
+    from launch.submit import Submitter
+
+    if on == Place.here:
+        run_here(run, todo, ProgressLine(run))
+    elif on == Place.local:
+        return run_local(run, site, todo, ProgressLine(run))
+    else:
+        Submitter(run=run, cluster=site).submit(todo, _print_submitted)
+    return []
+
+
+def _print_submitted(submitted: Submitted) -> None:
+    waits = f", aftercorr:{submitted.after}" if submitted.after else ""
+    print(f"array  {submitted.job_id}  {submitted.stage}, {len(submitted.shards)} elements{waits}", flush=True)
+
+
+def _wait(run: RunDir, on: Place) -> None:
+    """Until nothing of the run is in SLURM's queue; elsewhere there is none."""
     from launch.progress import ProgressLine, wait_for_queue
-    from launch.submit import run_here, run_local, submit_slurm
+    from launch.queue import is_idle
 
     tick = ProgressLine(run)
-    if on == Place.here:
-        run_here(run, todo, tick)
-    elif on == Place.local:
-        return run_local(run, site, todo, tick)
-    else:
-        for submitted in submit_slurm(run, site, todo):
-            waits = f", aftercorr:{submitted.after}" if submitted.after else ""
-            print(f"array  {submitted.job_id}  {submitted.stage}, {len(submitted.shards)} elements{waits}", flush=True)
-        if wait:
-            wait_for_queue(run, tick)
-    return []
+    while on == Place.slurm and not is_idle(run):
+        wait_for_queue(run, tick)
 
 
 def _finish(run: RunDir, problems: list[str]) -> None:

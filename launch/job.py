@@ -7,13 +7,27 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import submitit
 
 from ipt2v.run_dir import WEIGHTS_DIR_VARIABLE, RunDir
 from ipt2v.watch import END_TIME, STALL_SECONDS, interrupted
+
+if TYPE_CHECKING:
+    from launch.cluster import Cluster
+
+
+class OneShard(Protocol):
+    """A job for submitit that makes the shard it is called with, and can be called again after a warning."""
+
+    def __call__(self, shard: int) -> object: ...
+
+    def checkpoint(self, shard: int) -> submitit.helpers.DelayedSubmission: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,3 +81,56 @@ class ShardJob:
         """The same call, when the scheduler has warned: what is finished is in files, and what is half done is saved now."""
         interrupted()
         return submitit.helpers.DelayedSubmission(self, shard)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrayJob:
+    """What every element of an array runs: its job, for the shard that stands at the element's index."""
+
+    job: OneShard
+    shards: tuple[int, ...]
+    tasks: tuple[int, ...]  # array index that makes shards[i]
+
+    def __call__(self) -> object:
+        return self.job(self._shard())
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        return self.job.checkpoint(self._shard())
+
+    def _shard(self) -> int:
+        index = submitit.JobEnvironment().array_task_id
+        return self.shards[self.tasks.index(int(index))]
+
+
+def make_job(run: RunDir, cluster: Cluster, stage: str) -> ShardJob:
+    """The job of a stage of a run on a site."""
+    resources = cluster.resources(stage)
+    return ShardJob(
+        run_dir=str(run.root),
+        stage=stage,
+        num_tasks=resources.num_tasks,
+        timeout_minutes=resources.timeout_minutes,
+        signal_delay_seconds=cluster.signal_delay_seconds,
+        stall_minutes=cluster.stall_minutes,
+        local_weights_dir=cluster.local_weights_dir,
+    )
+
+
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_")
+# the last is what a job writes here; left over in a shell, it would have a run read some other run's weights
+_JOB_VARIABLES = ("SLURM_", "SLURMD_", "SUBMITIT_", *_RANK_VARIABLES, WEIGHTS_DIR_VARIABLE)
+
+
+@contextmanager
+def outside_any_job() -> Iterator[None]:
+    """Without the variables of a job that we may be in, so that its ranks, task counts and weights are not handed down.
+
+    submitit's own clean_env would also take SLURM_CONF, which says where the cluster is, and the user's SBATCH_* defaults.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name.startswith(_JOB_VARIABLES) and name != "SLURM_CONF"}
+    for name in inherited:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(inherited)

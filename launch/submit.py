@@ -1,80 +1,173 @@
-"""Start what a plan says: as SLURM arrays, as local processes, or in this process. Record files tell how far it is."""
+"""Give a plan to SLURM, so that whatever dies at whatever moment, submitting again goes on with it and nothing runs twice.
+
+Before sbatch is called, the array's pickle, its script and a note of what is intended are on disk; its answer is noted after.
+If no answer comes, SLURM is asked by the job's name, which is never used twice.
+"""
 
 from __future__ import annotations
 
-import os
+import re
 import shlex
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import submitit
-from submitit.core.utils import FailedJobError, UncompletedJobError
-from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
+from submitit.core.utils import DelayedSubmission
+from submitit.slurm.slurm import _make_sbatch_string
 
-from ipt2v.run_dir import WEIGHTS_DIR_VARIABLE, RunDir
+from ipt2v.atomic import replacing, write_text
+from ipt2v.run_dir import STAGES, VERIFY_SPLIT, RunDir
+from launch import controller
+from launch.arrays import Array, plan_arrays
 from launch.cluster import Cluster
-from launch.job import ShardJob
+from launch.controller import NoAnswer, Refused
+from launch.job import ArrayJob, OneShard, make_job, outside_any_job
 from launch.plan import Submission
-from launch.queue import Submitted, kill_tree, remember
+from launch.progress import ranges
+from launch.queue import Intent, Submitted, accept, drop, find, intend
 
-LOCAL_POLL_SECONDS = 0.2
 MAX_TIMEOUTS = 1000  # requeues after a time limit: each life of an element goes on where the one before it was
+# Longer than MessageTimeout, 10 s: an sbatch that was given up has arrived by then, or never will
+PAUSES_SECONDS = (15.0, 30.0, 60.0, 120.0)
 
 
-def submit_slurm(run: RunDir, cluster: Cluster, plan: Iterable[Submission]) -> list[Submitted]:
-    """sbatch every array of the plan, at once; the second waits for the first element by element."""
-    done: list[Submitted] = []
-    for submission in plan:
-        after = done[-1].job_id if submission.after else None
-        folder = run.jobs_path(submission.stage)
-        if not SlurmExecutor.affinity():
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitter:
+    """How the arrays of one run are submitted. Whoever uses it holds the run's lock, and has settled what was left open."""
+
+    run: RunDir
+    cluster: Cluster
+    make_job: Callable[[RunDir, Cluster, str], OneShard] = make_job
+    pauses: tuple[float, ...] = PAUSES_SECONDS  # seconds, before SLURM is asked what became of an sbatch without an answer
+
+    def submit(self, plan: Iterable[Submission], tell: Callable[[Submitted], None]) -> None:
+        """sbatch every array of the plan, at once; `tell` is called for each that SLURM has accepted.
+
+        Raises ValueError if SLURM refuses one, OSError if it does not answer; what it has accepted before stays, and is noted.
+        """
+        if shutil.which("srun") is None:
             raise ValueError("--on slurm: no srun on PATH; log in to the cluster, or use --on local")
-        executor = SlurmExecutor(folder=folder, max_num_timeout=MAX_TIMEOUTS, python=_python(cluster))
-        executor.update_parameters(**slurm_parameters(run, cluster, submission.stage, after))
-        with _outside_any_job():
-            jobs = _map_array(executor, _job(run, cluster, submission.stage), submission.shards)
-        submitted = Submitted(
-            place="slurm",
-            stage=submission.stage,
-            job_id=jobs[0].job_id.partition("_")[0],
-            shards=submission.shards,
-            after=after,
-        )
-        remember(run, submitted)
-        done.append(submitted)
-    return done
+        with outside_any_job():
+            arrays = plan_arrays(plan, max_array_size=controller.max_array_size(), parallelism=_parallelism(self.cluster))
+            attempts: dict[int, int] = {}
+            before = None
+            for array in arrays:
+                if array.submission not in attempts:
+                    attempts[array.submission] = next_attempt(self.run, array.stage)
+                before = self._submit(array, self._after(array, before), attempts[array.submission])
+                tell(before)
+
+    def _after(self, array: Array, before: Submitted | None) -> str | None:
+        """Id of the array that one has to wait for, if any. Raises OSError if SLURM does not know it: it would not wait."""
+        parent = before.job_id if array.after and before else array.parent
+        if parent is None or self._is_known(parent):
+            return parent
+        run = self.run
+        left = [shard for shard in array.shards if run.count("first_frame", shard, run.shard_keys(shard)).missing]
+        if left:
+            raise OSError(
+                f"array {parent}: SLURM does not know it any more, and first frames of shards {ranges(left)} are not there; "
+                "their videos cannot wait for it; submit again"
+            )
+        return None
+
+    def _submit(self, array: Array, after: str | None, attempt: int) -> Submitted:
+        pauses = list(self.pauses)
+        while True:
+            intent = self._write(array, after, attempt)
+            try:
+                return accept(self.run, intent, controller.sbatch(_path(self.run, intent, "sh")))
+            except Refused as error:
+                drop(self.run, intent)
+                raise ValueError(
+                    f"sbatch refused the {array.stage} array: {error}; `ipt2v plan` prints its script, and submitting again "
+                    "goes on after what is in the queue"
+                ) from error
+            except NoAnswer as error:
+                job_id = self._outcome(intent, error, pauses)
+            if job_id:
+                return accept(self.run, intent, job_id)
+            drop(self.run, intent)
+            attempt = next_attempt(self.run, array.stage)  # a name is never used twice: the first sbatch may still arrive
+
+    def _outcome(self, intent: Intent, error: NoAnswer, pauses: list[float]) -> str:
+        """Id that SLURM has given to an array, "" if it does not know it. Takes from `pauses` what it waits.
+
+        Raises OSError if that cannot be found out, or no pause is left for another try.
+        """
+        while pauses:
+            print(f"{error}; looking for {intent.name} in {pauses[0]:g} s", file=sys.stderr, flush=True)
+            time.sleep(pauses.pop(0))
+            try:
+                return (find(self.run, intent) or [""])[-1]
+            except NoAnswer as silence:
+                error = silence
+        raise OSError(
+            f"{error}; whether SLURM has {intent.name} is not known; submit again, which looks for it first"
+        ) from error
+
+    def _is_known(self, job_id: str) -> bool:
+        for pause in self.pauses:
+            try:
+                return controller.is_known(job_id)
+            except NoAnswer as error:
+                print(f"{error}; asking again in {pause:g} s", file=sys.stderr, flush=True)
+                time.sleep(pause)
+        return controller.is_known(job_id)
+
+    def _write(self, array: Array, after: str | None, attempt: int) -> Intent:
+        """Everything that the array needs, on disk; the note last."""
+        run, resources = self.run, self.cluster.resources(array.stage)
+        name = f"{run.root.name}.{array.stage}.{attempt}.{array.window}"
+        intent = Intent(stage=array.stage, name=name, shards=array.shards, tasks=array.tasks, after=after)
+        job = ArrayJob(job=self.make_job(run, self.cluster, array.stage), shards=array.shards, tasks=array.tasks)
+        call = DelayedSubmission(job)
+        call.set_timeout(resources.timeout_minutes, MAX_TIMEOUTS)
+        with replacing(_path(run, intent, "pkl")) as scratch:
+            call.dump(scratch)
+        write_text(_path(run, intent, "sh"), script(run, self.cluster, array, after, name))
+        intend(run, intent)
+        return intent
 
 
 def sbatch_text(run: RunDir, cluster: Cluster, submission: Submission, after: str | None) -> str:
-    """The script that sbatch would be given; needs no SLURM."""
-    folder = run.jobs_path(submission.stage)
-    command = f"{_python(cluster)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    parameters = slurm_parameters(run, cluster, submission.stage, after)
-    if len(submission.shards) > 1:
-        parameters["map_count"] = len(submission.shards)
-    return _make_sbatch_string(command=command, folder=folder, **parameters)
+    """The script that sbatch would be given, and what is cut from an array that is too long; needs no SLURM."""
+    size = controller.max_array_size()
+    alone = replace(submission, after=False)  # of whatever came before it in the plan, `after` says all
+    first, *others = plan_arrays([alone], max_array_size=size, parallelism=_parallelism(cluster))
+    name = f"{run.root.name}.{submission.stage}.{next_attempt(run, submission.stage)}.{first.window}"
+    cut = [f"# another array, as none may have more than {size} elements: shards {ranges(one.shards)}" for one in others]
+    return "\n".join([script(run, cluster, first, after or first.parent, name).rstrip(), *cut])
 
 
-def slurm_parameters(run: RunDir, cluster: Cluster, stage: str, after: str | None) -> dict[str, Any]:
+def script(run: RunDir, cluster: Cluster, array: Array, after: str | None, name: str) -> str:
+    """What sbatch is given, by submitit."""
+    folder = run.jobs_path(array.stage)
+    words = [*cluster.container, "python"] if cluster.container else [str(Path(sys.executable))]
+    command = shlex.join([*words, "-u", "-m", "launch.element", str(folder), name])
+    parameters = slurm_parameters(cluster, array, after)
+    return str(_make_sbatch_string(command=command, folder=folder, job_name=name, map_count=len(array.tasks), **parameters))
+
+
+def slurm_parameters(cluster: Cluster, array: Array, after: str | None) -> dict[str, Any]:
     """What submitit turns into #SBATCH lines."""
-    resources = cluster.resources(stage)
-    # =yes, whatever the site's default: else an element whose first frames failed would wait for ever
-    additional: dict[str, Any] = {"kill-on-invalid-dep": "yes"} if after else {}
+    resources = cluster.resources(array.stage)
+    # --requeue, whatever the site's default: after a node failure, too
+    additional: dict[str, Any] = {"array": f"{ranges(array.tasks)}%{min(len(array.tasks), array.parallelism)}", "requeue": True}
+    if after:  # =yes, whatever the site's default: else an element whose first frames failed would wait for ever
+        additional |= {"kill-on-invalid-dep": "yes"}
     parameters: dict[str, Any] = {
-        "job_name": f"{run.root.name}.{stage}",
         "time": resources.timeout_minutes,
         "nodes": resources.nodes,
         "ntasks_per_node": resources.num_tasks_per_node,
         "cpus_per_task": resources.cpus_per_task,
-        "array_parallelism": resources.array_parallelism,
         "signal_delay_s": cluster.signal_delay_seconds,
         "srun_args": ["--kill-on-bad-exit=1"],  # one rank dies: without it the others wait for the time limit
-        "additional_parameters": additional or None,
+        "additional_parameters": additional,
         "setup": list(cluster.setup) or None,
         "dependency": f"aftercorr:{after}" if after else None,
         "gpus_per_node": resources.gpus_per_node or None,
@@ -84,128 +177,16 @@ def slurm_parameters(run: RunDir, cluster: Cluster, stage: str, after: str | Non
     return {name: value for name, value in parameters.items() if value is not None}
 
 
-def run_local(run: RunDir, cluster: Cluster, plan: Iterable[Submission], tick: Callable[[], None]) -> list[str]:
-    """Run the plan by submitit's local executor and wait for it, calling `tick` meanwhile; what went wrong, a line each.
-
-    submitit's local executor has no queue: an element is started when the one that it depends on has succeeded and fewer than
-    `array_parallelism` of its stage run.
-    """
-    waiting = [_Element(one.stage, shard, one.after) for one in plan for shard in one.shards]
-    running: dict[_Element, Any] = {}
-    succeeded: set[tuple[str, int]] = set()
-    problems: list[str] = []
-    try:
-        while waiting or running:
-            for element in [one for one in waiting if not one.after or ("first_frame", one.shard) in succeeded]:
-                if _num_running(element.stage, running) < cluster.resources(element.stage).array_parallelism:
-                    running[element] = _start_local(run, cluster, element)
-                    waiting.remove(element)
-            for element in [one for one, job in running.items() if job.done()]:
-                problem = _problem(run, element, running.pop(element))
-                if problem is None:
-                    succeeded.add((element.stage, element.shard))
-                else:
-                    problems.append(problem)
-                    waiting = [one for one in waiting if not (one.after and one.shard == element.shard)]
-            tick()
-            time.sleep(LOCAL_POLL_SECONDS)
-    finally:
-        for job in running.values():  # Ctrl-C: no process outlives the driver
-            kill_tree(int(job.job_id))
-    return problems
+def next_attempt(run: RunDir, stage: str) -> int:
+    """A number that no job name of the stage has had: the scripts of all stay in the run folder."""
+    name = re.compile(rf"{re.escape(f'{run.root.name}.{stage}')}\.(\d+)\.\d+\.(?:pkl|sh)")
+    used = [int(match[1]) for path in run.jobs_path(stage).glob("*.*") if (match := name.fullmatch(path.name))]
+    return 1 + max(used, default=0)
 
 
-def run_here(run: RunDir, plan: Iterable[Submission], tick: Callable[[], None]) -> None:
-    """Run the plan in this process, one shard after the other, each on one rank."""
-    from ipt2v.run import run_shard
-
-    with _outside_any_job():
-        for submission in plan:
-            for shard in submission.shards:
-                run_shard(run.root, submission.stage, shard)
-                tick()
+def _parallelism(cluster: Cluster) -> dict[str, int]:
+    return {stage: cluster.resources(stage).array_parallelism for stage in (*STAGES, VERIFY_SPLIT)}
 
 
-def _map_array(executor: SlurmExecutor, job: ShardJob, shards: tuple[int, ...]) -> list[Any]:
-    try:
-        return executor.map_array(job, shards)
-    except FailedJobError as error:
-        text = "; ".join(line.removeprefix("sbatch: ") for line in str(error).splitlines())
-        raise ValueError(f"sbatch refused the {job.stage} array: {text}; `ipt2v plan` prints its script") from error
-
-
-_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_")
-# the last is what launch/job.py writes; left over in a shell, it would have a run read some other run's weights
-_JOB_VARIABLES = ("SLURM_", "SLURMD_", "SUBMITIT_", *_RANK_VARIABLES, WEIGHTS_DIR_VARIABLE)
-
-
-@contextmanager
-def _outside_any_job() -> Iterator[None]:
-    """Without the variables of a job that we may be in, so that its ranks, task counts and weights are not handed down.
-
-    submitit's own clean_env would also take SLURM_CONF, which says where the cluster is, and the user's SBATCH_* defaults.
-    """
-    inherited = {name: value for name, value in os.environ.items() if name.startswith(_JOB_VARIABLES) and name != "SLURM_CONF"}
-    for name in inherited:
-        del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(inherited)
-
-
-@dataclass(frozen=True, slots=True)
-class _Element:
-    """One element of the plan, as the local loop sees it."""
-
-    stage: str
-    shard: int
-    after: bool  # waits for the first frames of its shard
-
-
-def _num_running(stage: str, running: Iterable[_Element]) -> int:
-    return sum(1 for element in running if element.stage == stage)
-
-
-def _start_local(run: RunDir, cluster: Cluster, element: _Element) -> Any:
-    stage, resources = element.stage, cluster.resources(element.stage)
-    if resources.nodes > 1:
-        raise ValueError(f"{stage}.nodes: found {resources.nodes}, expected 1 for --on local; use another --cluster file")
-    executor = submitit.LocalExecutor(folder=run.jobs_path(stage))
-    executor.update_parameters(
-        timeout_min=resources.timeout_minutes,  # its default is two minutes
-        tasks_per_node=resources.num_tasks_per_node,
-        gpus_per_node=resources.gpus_per_node,  # without it CUDA_VISIBLE_DEVICES is empty
-    )
-    with _outside_any_job():
-        job = executor.submit(_job(run, cluster, stage), element.shard)
-    remember(run, Submitted(place="local", stage=stage, job_id=job.job_id, shards=(element.shard,), after=None))
-    return job
-
-
-def _problem(run: RunDir, element: _Element, job: Any) -> str | None:
-    """Why an ended local job did not succeed, or None."""
-    try:
-        job.results()
-    except (FailedJobError, UncompletedJobError) as error:
-        last = str(error).strip().splitlines()[-1]
-        where = f"{element.stage} {element.shard}"
-        return f"{where}: {last}; see `ipt2v logs {run.root} {where}`"
-    return None
-
-
-def _job(run: RunDir, cluster: Cluster, stage: str) -> ShardJob:
-    resources = cluster.resources(stage)
-    return ShardJob(
-        run_dir=str(run.root),
-        stage=stage,
-        num_tasks=resources.num_tasks,
-        timeout_minutes=resources.timeout_minutes,
-        signal_delay_seconds=cluster.signal_delay_seconds,
-        stall_minutes=cluster.stall_minutes,
-        local_weights_dir=cluster.local_weights_dir,
-    )
-
-
-def _python(cluster: Cluster) -> str:
-    return shlex.join([*cluster.container, "python"] if cluster.container else [str(Path(sys.executable))])
+def _path(run: RunDir, intent: Intent, suffix: str) -> Path:
+    return run.jobs_path(intent.stage) / f"{intent.name}.{suffix}"

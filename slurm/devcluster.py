@@ -84,7 +84,7 @@ ReturnToService=2
 FirstJobId={first_job_id}
 # Otherwise 5 of 4 nodes are accepted and pend for ever
 EnforcePartLimits=ALL
-MaxArraySize=10001
+MaxArraySize={max_array_size}
 MaxJobCount=50000
 {accounting}
 {nodes}
@@ -254,9 +254,17 @@ class Cluster:
     """A cluster in the folder root. Call up() from a thread that lives on: the kernel ends the daemons with it."""
 
     def __init__(
-        self, root: Path | str, *, num_nodes: int = 4, gpus_per_node: int = 4, cpus_per_node: int = 8, accounting: bool = True
+        self,
+        root: Path | str,
+        *,
+        num_nodes: int = 4,
+        gpus_per_node: int = 4,
+        cpus_per_node: int = 8,
+        accounting: bool = True,
+        max_array_size: int = 10001,
     ) -> None:
         self.root = Path(root).resolve()
+        self.max_array_size = max_array_size
         self.num_nodes, self.gpus_per_node, self.cpus_per_node = num_nodes, gpus_per_node, cpus_per_node
         self.accounting = accounting
         self.namespaces = can_have_namespaces()  # False before up(): nodes as those have them who are not root
@@ -301,7 +309,7 @@ class Cluster:
             self._start_munged()
             if self.accounting:
                 self._start_accounting()
-            self._start("slurmctld", [binary("slurmctld"), "-D"], lambda: is_listening(("127.0.0.1", self._port(0))))
+            self._start_controller()
             for node_index in range(self.num_nodes):
                 self._start_node(node_index)
             self._wait("slurmctld", lambda: self._node_states() == ["idle"] * self.num_nodes)
@@ -333,6 +341,16 @@ class Cluster:
             raise ClusterError(f"{name}: is running; power_cut({node_index}) switches it off")
         self._start_node(node_index)
         self._wait(name, lambda: is_listening((self._address(node_index), self._node_port(node_index))))
+
+    def restart_controller(self) -> None:
+        """Kills slurmctld and starts it again; what was submitted in the last seconds may be forgotten."""
+        controller = self._processes.pop("slurmctld")
+        os.killpg(controller.pid, signal.SIGKILL)
+        controller.wait()
+        self._start_controller()
+
+    def _start_controller(self) -> None:
+        self._start("slurmctld", [binary("slurmctld"), "-D"], lambda: is_listening(("127.0.0.1", self._port(0))))
 
     def _port(self, offset: int) -> int:
         return FIRST_PORT + PORTS_PER_SLOT * self.slot_index + offset
@@ -402,6 +420,7 @@ class Cluster:
         slurm_conf = SLURM_CONF.format(
             port=self._port(0),
             first_job_id=1 + int(time.time() * 8) % 60_000_000,  # SLURM's largest is 67,043,328
+            max_array_size=self.max_array_size,
             accounting=accounting or "AccountingStorageType=accounting_storage/none",
             nodes="\n".join(nodes),
             node_names=",".join(names),
@@ -574,6 +593,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     group.add_argument(
         "--accounting", action=argparse.BooleanOptionalAction, default=True, help="with a database: sacct works, 2 s more"
     )
+    group.add_argument(
+        "--max-array-size", type=int, default=10001, metavar="N", help="elements of a job array (default: 10001; SLURM's: 1001)"
+    )
     options = parser.parse_args(arguments)
     if options.words and options.command != "shell":
         parser.error(f"{options.command} ROOT takes nothing more, found: {' '.join(options.words)}")
@@ -605,6 +627,7 @@ def main(arguments: Sequence[str]) -> int:
                     gpus_per_node=options.gpus_per_node,
                     cpus_per_node=options.cpus_per_node,
                     accounting=options.accounting,
+                    max_array_size=options.max_array_size,
                 )
                 serve(cluster)
     except (ClusterError, ValueError, OSError) as error:

@@ -17,7 +17,7 @@ from ipt2v.leases import Leases
 from ipt2v.models.vace.position import Position
 from ipt2v.position_file import save_position
 from ipt2v.records import Failure
-from ipt2v.run_dir import RunDir, seal_shard
+from ipt2v.run_dir import RunDir, free_leases_of_the_dead, seal_shard
 from ipt2v.watch import END_TIME
 from ipt2v.work import open_work
 
@@ -180,3 +180,11 @@ def test_a_shard_is_sealed_once_when_it_is_whole_by_whoever_comes_last(run: RunD
     before = os.stat(run.sealed_path("video", 0)).st_mtime_ns
     thief.seal()
     assert os.stat(run.sealed_path("video", 0)).st_mtime_ns == before
+
+
+def test_what_the_dead_hold_is_free_at_once_when_it_is_known_who_lives(run: RunDir) -> None:
+    dead, alive = claims(run, 0), claims(run, 1)
+    one, other = next(dead.videos()).key, next(alive.videos()).key
+    free_leases_of_the_dead(run, {1, 2})
+    found = taken(claims(run, 2))
+    assert one in found and other not in found

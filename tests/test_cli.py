@@ -28,6 +28,9 @@ COMMANDS = [
     "submit",
     "status",
     "logs",
+    "why",
+    "nodes",
+    "retry",
     "cancel",
     "package",
     "verify-split",
@@ -223,7 +226,7 @@ def test_a_plan_shows_both_scripts_with_the_sites_words(planned: list[str]) -> N
         assert script.index("module load cuda") < script.index("export NCCL_DEBUG=WARN")
         [srun] = [line for line in script if line.startswith("srun ")]
         assert "--kill-on-bad-exit=1" in srun
-        assert "apptainer exec --nv /images/ipt2v.sif python -u -m submitit.core._submit" in srun
+        assert "apptainer exec --nv /images/ipt2v.sif python -u -m launch.element" in srun
     asked = {
         "account=vision",
         "qos=high",
@@ -252,8 +255,8 @@ def test_a_plan_writes_nothing_and_loads_no_torch(place: Path) -> None:
     assert sorted(place.rglob("*")) == before
 
 
-def test_a_plan_for_one_identity_is_no_array(ipt2v: Call, place: Path) -> None:
-    assert "--array" not in ipt2v(*plan_words(place), "--shards", "1").out
+def test_a_plan_for_one_identity_is_an_array_of_one(ipt2v: Call, place: Path) -> None:
+    assert "#SBATCH --array=0%1\n" in ipt2v(*plan_words(place), "--shards", "1").out
 
 
 def test_a_plan_of_a_run_that_has_failed_or_made_all_submits_nothing(ipt2v: Call, place: Path) -> None:

@@ -12,18 +12,24 @@ from submitit.core.utils import FailedJobError
 
 from launch.cluster import Cluster
 from launch.job import ShardJob
+from launch.local import run_local
 from launch.plan import Submission
 from launch.queue import log_files, submissions
-from launch.submit import run_local
+
+
+def shard_job(run_dir: str, num_tasks: int) -> ShardJob:
+    return ShardJob(
+        run_dir=run_dir, stage="video", num_tasks=num_tasks, timeout_minutes=60, signal_delay_seconds=120, stall_minutes=30
+    )
 
 
 def test_a_job_is_a_pickle_of_a_few_hundred_bytes() -> None:
-    job = ShardJob(run_dir="/shared/runs/vace_14b_480p-1a2b3c4d", stage="video", num_tasks=16)
+    job = shard_job("/shared/runs/vace_14b_480p-1a2b3c4d", num_tasks=16)
     assert len(cloudpickle.dumps(job)) < 400
 
 
 def test_a_checkpoint_is_the_same_call() -> None:
-    job = ShardJob(run_dir="/shared/runs/vace_14b_480p-1a2b3c4d", stage="video", num_tasks=16)
+    job = shard_job("/shared/runs/vace_14b_480p-1a2b3c4d", num_tasks=16)
     delayed = job.checkpoint(3)
     assert (delayed.function, delayed.args, delayed.kwargs) == (job, (3,), {})
 
@@ -31,7 +37,7 @@ def test_a_checkpoint_is_the_same_call() -> None:
 def test_other_ranks_than_asked_for_end_the_job_before_it_loads_anything(tmp_path: Path) -> None:
     executor = submitit.LocalExecutor(folder=tmp_path)
     executor.update_parameters(tasks_per_node=1, timeout_min=1)
-    job = executor.submit(ShardJob(run_dir=str(tmp_path), stage="video", num_tasks=2), 0)
+    job = executor.submit(shard_job(str(tmp_path), num_tasks=2), 0)
     with pytest.raises(FailedJobError, match="video shard 0: found 1 tasks, asked for 2"):
         job.result()
 

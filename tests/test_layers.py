@@ -143,8 +143,10 @@ def test_a_package_is_imported_in_its_own_place_only(package: str, allowed: str)
     assert strangers == []
 
 
-def test_the_library_never_writes_the_environment() -> None:
-    writes = [f"{path}:{node.lineno}" for path, tree in LIBRARY.items() for node in ast.walk(tree) if writes_environment(node)]
+def test_the_library_never_writes_the_environment_but_for_deepspeed() -> None:
+    # DeepSpeed reads LOCAL_RANK and nothing else: it is set as long as it is needed, and put back
+    files = {path: tree for path, tree in LIBRARY.items() if path != "ipt2v/models/deepspeed_start.py"}
+    writes = [f"{path}:{node.lineno}" for path, tree in files.items() for node in ast.walk(tree) if writes_environment(node)]
     assert writes == []
 
 

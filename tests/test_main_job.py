@@ -11,7 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import ROOT
-from main_job import BIN, SMALL, MadeItem, assert_same_videos, call, collect, first_frames, ipt2v, real_testset, run_folder
+from main_job import (
+    BIN,
+    SMALL,
+    MadeItem,
+    assert_same_videos,
+    call,
+    collect,
+    first_frames,
+    ipt2v,
+    pid_of_rank,
+    real_testset,
+    run_folder,
+)
 from PIL import Image
 
 from ipt2v.hdf5 import sealed_keys
@@ -270,19 +282,6 @@ def _kill_a_video_element(run: RunDir) -> None:
         made = {path.relative_to(run.root / "video").with_suffix("").as_posix() for path in run.root.glob("video/*/*.mp4")}
         for shard in range(5):
             if made & {item.key for item in run.shard(shard)}:
-                os.kill(_pid_of_rank(run, shard, rank=1), signal.SIGKILL)
+                os.kill(pid_of_rank(run, shard, rank=1), signal.SIGKILL)
                 return
         time.sleep(0.05)
-
-
-def _pid_of_rank(run: RunDir, shard: int, rank: int) -> int:
-    wanted = {f"SLURM_ARRAY_TASK_ID={shard}".encode(), f"SLURM_PROCID={rank}".encode()}
-    arguments = {b"submitit.core._submit", str(run.jobs_path("video")).encode()}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            found, variables = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
-        except OSError:
-            continue
-        if Path(found[0].decode()).name.startswith("python") and arguments <= set(found) and wanted <= set(variables):
-            return int(process.name)
-    raise AssertionError(f"no process of video shard {shard} rank {rank}")

@@ -6,12 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipt2v.run_dir import STAGES, StageCount
-from launch.plan import Submission, plan_submissions
+from launch.plan import Living, Submission, plan_submissions
 
 # a shard: (first frames missing, videos missing); a video is missing at least where its first frame is
 Shards = list[tuple[int, int]]
 SHARDS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)).map(lambda pair: (pair[0], max(pair))), max_size=12)
-BUSY = st.frozensets(st.integers(0, 12))
+SETS = st.frozensets(st.integers(0, 12), max_size=12)
+
+
+def in_queue(stage: str, live: frozenset[int], job_id: str | None = "17") -> tuple[Living, ...]:
+    """An array of all shards, of which some live."""
+    everything = tuple(range(13))
+    return (Living(stage=stage, job_id=job_id, shards=everything, tasks=everything, live=live),) if live else ()
 
 
 def counts(shards: Shards) -> list[StageCount]:
@@ -27,41 +33,57 @@ def places(plan: tuple[Submission, ...], stage: str) -> list[int]:
     return sorted(shard for submission in plan if submission.stage == stage for shard in submission.shards)
 
 
-@given(SHARDS, BUSY)
-def test_every_shard_with_something_missing_is_made_once_in_each_stage_that_misses_it(
-    shards: Shards, busy: frozenset[int]
+@given(SHARDS, SETS, SETS)
+def test_every_shard_with_something_missing_is_in_the_queue_or_submitted_once_in_each_stage_that_misses_it(
+    shards: Shards, first_frames: frozenset[int], videos: frozenset[int]
 ) -> None:
-    plan = plan_submissions(counts(shards), busy)
+    plan = plan_submissions(counts(shards), in_queue("first_frame", first_frames) + in_queue("video", videos))
+    busy = {"first_frame": first_frames | videos, "video": videos}
     for index, stage in enumerate(STAGES):
-        assert places(plan, stage) == [shard for shard, missing in enumerate(shards) if missing[index] and shard not in busy]
+        expected = [shard for shard, missing in enumerate(shards) if missing[index] and shard not in busy[stage]]
+        assert places(plan, stage) == expected
 
 
-@given(SHARDS, BUSY)
-def test_a_shard_in_the_queue_is_left_alone(shards: Shards, busy: frozenset[int]) -> None:
-    assert not any(busy & set(submission.shards) for submission in plan_submissions(counts(shards), busy))
+@given(SHARDS, SETS)
+def test_shards_that_nothing_can_wait_for_are_left_alone(shards: Shards, live: frozenset[int]) -> None:
+    plan = plan_submissions(counts(shards), in_queue("first_frame", live, job_id=None))
+    assert not any(live & set(submission.shards) for submission in plan)
 
 
-@given(SHARDS, BUSY)
-def test_the_array_that_waits_has_the_elements_of_the_one_before_it_in_its_order(shards: Shards, busy: frozenset[int]) -> None:
-    plan = plan_submissions(counts(shards), busy)
+@given(SHARDS, SETS, SETS)
+def test_videos_of_first_frames_in_the_queue_wait_for_those(
+    shards: Shards, first_frames: frozenset[int], videos: frozenset[int]
+) -> None:
+    plan = plan_submissions(counts(shards), in_queue("first_frame", first_frames) + in_queue("video", videos))
+    joined = [shard for one in plan if one.living and one.living.job_id == "17" for shard in one.shards]
+    assert joined == [shard for shard, (_, missing) in enumerate(shards) if missing and shard in first_frames - videos]
+
+
+def test_of_two_arrays_with_a_shard_the_later_is_waited_for() -> None:
+    older, newer = in_queue("first_frame", frozenset({0, 1}), "17"), in_queue("first_frame", frozenset({1}), "18")
+    plan = plan_submissions(counts([(1, 1), (1, 1)]), older + newer)
+    assert [(one.living and one.living.job_id, one.shards) for one in plan] == [("17", (0,)), ("18", (1,))]
+
+
+@given(SHARDS, SETS)
+def test_the_array_that_waits_has_the_elements_of_the_one_before_it_in_its_order(shards: Shards, live: frozenset[int]) -> None:
+    plan = plan_submissions(counts(shards), in_queue("first_frame", live))
     for before, submission in zip((None, *plan), plan, strict=False):
         assert submission.after == (before is not None and before.stage == "first_frame")
         assert not submission.after or (before is not None and submission.shards == before.shards)
 
 
-@given(SHARDS, BUSY)
-def test_videos_whose_first_frames_are_missing_wait_for_them(shards: Shards, busy: frozenset[int]) -> None:
-    plan = plan_submissions(counts(shards), busy)
-    at_once = [
-        shard for submission in plan if submission.stage == "video" and not submission.after for shard in submission.shards
-    ]
+@given(SHARDS, SETS)
+def test_videos_whose_first_frames_are_missing_wait_for_them(shards: Shards, live: frozenset[int]) -> None:
+    plan = plan_submissions(counts(shards), in_queue("video", live))
+    at_once = [shard for one in plan if one.stage == "video" and not one.after for shard in one.shards]
     assert [shard for shard in at_once if shards[shard][0]] == []
 
 
-@given(SHARDS, BUSY)
-def test_there_are_at_most_three_arrays_and_none_is_empty(shards: Shards, busy: frozenset[int]) -> None:
-    plan = plan_submissions(counts(shards), busy)
-    assert len(plan) <= 3
+@given(SHARDS, SETS)
+def test_there_are_at_most_three_arrays_and_those_that_join_one_in_the_queue(shards: Shards, live: frozenset[int]) -> None:
+    plan = plan_submissions(counts(shards), in_queue("first_frame", live))
+    assert len(plan) <= 3 + (1 if live else 0)
     assert all(submission.shards for submission in plan)
 
 

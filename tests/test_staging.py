@@ -21,10 +21,10 @@ from main_job import BIN, SMALL, assert_same_videos, call, collect, first_frames
 from ipt2v.models.catalogue import stage_files
 from ipt2v.run_dir import VERIFY_SPLIT, WEIGHTS_DIR_VARIABLE, RunDir
 from launch.cluster import Cluster
+from launch.local import run_here, run_local
 from launch.plan import Submission
 from launch.queue import log_files
 from launch.staging import LOCK, order_on, own_folder, weights_on_node
-from launch.submit import run_here, run_local
 
 VACE = "Wan2.1-VACE-14B-diffusers"
 VIDEO_FILES = [
