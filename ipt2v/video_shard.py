@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -25,9 +25,9 @@ from ipt2v.models.vace.position import Position
 from ipt2v.mp4 import write_mp4
 from ipt2v.parallel import Group, is_loss_of_a_rank
 from ipt2v.position_file import save_position
-from ipt2v.records import FirstFrame, Made, VideoLatents
+from ipt2v.records import FirstFrame, Made, Video, VideoLatents
 from ipt2v.run_dir import owner_of
-from ipt2v.watch import beat, on_interruption
+from ipt2v.watch import beat, beating, on_interruption
 from ipt2v.work import Work
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Delivery:
     life: str = ""  # the same on all ranks, another after each start of the element
     steps: Steps = field(init=False)
     ahead: tuple[tuple[str, int], Future[FirstFrame]] | None = None
-    saves: list[Future[None]] = field(default_factory=list)
+    writes: list[Future[None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.steps = Steps(work=self.work, is_first=self.group.is_first, files=self.files)
@@ -144,10 +144,11 @@ class Delivery:
         """What of a batch this rank decodes, if there is one for it."""
         return batch[self.group.rank : self.group.rank + 1]
 
-    def decode(self, records: Iterable[VideoLatents]) -> None:
-        for latents in records:
-            beat()
-            self.encoder.hand_over(self.stage.decode(latents), self.work.run.mp4_path(latents.key))
+    def decode(self, records: Iterable[VideoLatents]) -> list[Video]:
+        """The videos of this rank, when everything that was recorded so far is on the disk: no MP4 comes before its latents."""
+        videos = [self.stage.decode(latents) for latents in beating(records)]
+        self.settle()
+        return videos
 
     def first_frame(self, key: str, shard: int) -> FirstFrame:
         path = self.work.run.record_path("first_frame", shard, key)
@@ -160,15 +161,32 @@ class Delivery:
             read = self.ahead is not None and self.ahead[0] == place
             found = self.ahead[1].result() if read and self.ahead is not None else self.first_frame(*place)
             self.ahead = None
-            if claim.upcoming is not None:
-                self.ahead = (claim.upcoming, self.files.submit(self.first_frame, *claim.upcoming))
             self.steps.begin(claim)
             yield found, claim.position
 
+    def note(self, position: Position) -> None:
+        """A step of the video in work is done. What may come next is read now: earlier, all ranks would wait for it."""
+        self.steps.note(position)
+        upcoming = None if self.steps.claim is None else self.steps.claim.upcoming
+        if upcoming is not None and self.ahead is None:
+            self.ahead = (upcoming, self.files.submit(self.first_frame, *upcoming))
+
     def settle(self) -> None:
-        """Wait until all records are written. Raises what one has raised."""
-        while self.saves:
-            self.saves.pop(0).result()
+        """Wait until all records are written. Raises what one has raised, or an MP4 that could not be written."""
+        while self.writes:
+            self.writes.pop(0).result()
+
+    def write(self, act: Callable[..., None], *values: Any) -> None:
+        """Have something written meanwhile; settle() tells how it went, at the next turn, where all ranks hear of it."""
+        self.writes.append(self.files.submit(act, *values))
+
+    def hand_over(self, video: Video) -> None:
+        self.write(self.encoder.hand_over, video, self.work.run.mp4_path(video.key))
+
+    def finish(self) -> None:
+        """Wait until all is on the disk. Raises OSError if something could not be written."""
+        self.settle()
+        self.encoder.drain()
 
 
 def deliver(delivery: Delivery, undecoded: tuple[str, ...], claimed: Iterable[Claim], claims: Claims | None) -> None:
@@ -180,7 +198,7 @@ def deliver(delivery: Delivery, undecoded: tuple[str, ...], claimed: Iterable[Cl
     except Exception as error:
         _note_crash(delivery, error)
         raise
-    group.agree(delivery.encoder.drain, OSError)  # nobody seals before all MP4s are there
+    group.agree(delivery.finish, OSError)  # nobody seals before all MP4s are there
 
 
 def _decode_lost(delivery: Delivery, undecoded: tuple[str, ...]) -> None:
@@ -188,8 +206,8 @@ def _decode_lost(delivery: Delivery, undecoded: tuple[str, ...]) -> None:
     work, batches = delivery.work, turns(undecoded, delivery.group.world_size).values()
     keys, digest = [key for batch in batches for key in delivery.own(batch)], work.environment.run_digest
     paths = work.run.record_paths("video", work.shard, keys)
-    records = (hdf5.load_video_latents(paths[key], key, run_digest=digest) for key in keys)
-    delivery.group.agree(partial(delivery.decode, records), OSError)
+    for key in beating(keys):
+        delivery.hand_over(delivery.stage.decode(hdf5.load_video_latents(paths[key], key, run_digest=digest)))
 
 
 def _animate(delivery: Delivery, claimed: Iterable[Claim], claims: Claims | None) -> None:
@@ -198,11 +216,11 @@ def _animate(delivery: Delivery, claimed: Iterable[Claim], claims: Claims | None
     A record is written while the next video is denoised: its fsync may wait for a shared disk, and all ranks with it.
     """
     finished: list[VideoLatents] = []
-    for made in delivery.stage.make(delivery.starts(claimed), delivery.steps.note):
+    for made in delivery.stage.make(delivery.starts(claimed), delivery.note):
         finished.append(made.record)
         if claims is not None:
             claims.took.append(made.seconds)
-            delivery.saves.append(delivery.files.submit(_save, delivery, delivery.steps.counted(made)))
+            delivery.write(_save, delivery, delivery.steps.counted(made))
             log.info("video %s %.1f s", made.record.key, made.seconds)
         if len(finished) == delivery.group.world_size:
             _decode_in_turn(delivery, finished)
@@ -216,8 +234,8 @@ def _save(delivery: Delivery, made: Made[VideoLatents]) -> None:
 
 
 def _decode_in_turn(delivery: Delivery, finished: list[VideoLatents]) -> None:
-    delivery.group.agree(delivery.settle, OSError)  # no MP4 before its latents are on the disk
-    delivery.group.agree(partial(delivery.decode, delivery.own(finished)), OSError)
+    for video in delivery.group.agree(partial(delivery.decode, delivery.own(finished)), OSError):
+        delivery.hand_over(video)
     finished.clear()
 
 

@@ -38,11 +38,13 @@ from ipt2v import hdf5  # noqa: E402
 from ipt2v.delivery import background_encoder  # noqa: E402
 from ipt2v.records import FirstFrame, Made, Video, VideoLatents  # noqa: E402
 from ipt2v.run_dir import RunDir  # noqa: E402
+from ipt2v.stages.rehearsal import position_after  # noqa: E402
 
 if TYPE_CHECKING:
     from ipt2v.parallel import Group
 
 DENOISE_SECONDS, DECODE_SECONDS, MP4_SECONDS = 45, 7, 15
+NUM_STEPS = 5
 FORMS = {"alone": "rank 0 decodes and writes, the others wait", "shared": "decoding shared, MP4s in the background"}
 
 
@@ -58,7 +60,9 @@ class StandIn:
         for one, _ in starts:
             self.group.meet()
             start = time.monotonic()
-            time.sleep(DENOISE_SECONDS / self.speedup)
+            for step in range(NUM_STEPS):
+                time.sleep(DENOISE_SECONDS / self.speedup / NUM_STEPS)
+                progress(position_after(step + 1, NUM_STEPS))
             seconds = time.monotonic() - start
             self.denoising += seconds
             latents_CTHW = np.zeros((16, 21, 60, round(104 / self.speedup)), dtype=np.float32)
@@ -72,7 +76,7 @@ class StandIn:
 def alone(work: Any, group: Group, stage: StandIn, todo: tuple[str, ...], write: Any) -> None:
     """The older loop."""
     paths, digest = work.run.record_paths("first_frame", work.shard, todo), work.environment.run_digest
-    for made in stage.make(((hdf5.load_first_frame(paths[key], key, run_digest=digest), None) for key in todo), None):
+    for made in stage.make(((hdf5.load_first_frame(paths[key], key, run_digest=digest), None) for key in todo), lambda _: None):
         if group.is_first:
             key = made.record.key
             hdf5.save_video_latents(work.run.part_path("video", key), made.record, work.provenance(made, group))
