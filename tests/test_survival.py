@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -34,7 +35,14 @@ class Survivor:
     """A run on the test cluster to which something happens."""
 
     def __init__(
-        self, folder: Path, cluster: Cluster, *, seconds: float = 1.0, num_people: int = NUM_PEOPLE, **site: object
+        self,
+        folder: Path,
+        cluster: Cluster,
+        *,
+        seconds: float = 1.0,
+        num_people: int = NUM_PEOPLE,
+        save_every: int = 2,
+        **site: object,
     ) -> None:
         self.folder, self.cluster, self.num_submits = folder, cluster, 0
         self.testset = folder / "testset"
@@ -51,7 +59,13 @@ class Survivor:
         self.site = folder / "cluster.yaml"
         self.site.write_text(yaml.safe_dump(settings | site | {"video": video}), encoding="utf-8")
         self.words = (
-            *("submit", CONFIG, f"testset.path={self.testset}", f"rehearsal.seconds={seconds}", "video.save_every_steps=2"),
+            *(
+                "submit",
+                CONFIG,
+                f"testset.path={self.testset}",
+                f"rehearsal.seconds={seconds}",
+                f"video.save_every_steps={save_every}",
+            ),
             *("video.num_inference_steps=10", f"video.num_frames={NUM_FRAMES}", "--rehearse", "--on", "slurm"),
             *("--cluster", self.site),
         )
@@ -162,12 +176,15 @@ def test_a_power_cut_of_one_of_two_nodes(survivor: Survivor) -> None:
     assert survivor.num_submits == 1  # SLURM has requeued the element
 
 
-def test_preemption(survivor: Survivor) -> None:
+def test_preemption(cluster: Cluster, tmp_path: Path) -> None:
+    survivor = Survivor(tmp_path, cluster, seconds=4, save_every=9)
     survivor.submit()
     survivor.wait_for_videos()
+    time.sleep(1.5)  # into the next videos
     survivor.command("srun", "-p", "high", "-N4", "--exclusive", "sleep", "3")
     survivor.finish()
     assert survivor.num_submits == 1
+    assert re.search(r"goes on after step [1-8] of 10", survivor.logs())  # saved on SLURM's warning
 
 
 def test_a_time_limit_of_a_minute(cluster: Cluster, tmp_path: Path) -> None:
