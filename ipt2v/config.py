@@ -139,8 +139,9 @@ class FirstFrameConfig(PictureSize):
 
 
 class SpeedConfig(Settings):
-    """How the video transformer computes; each switch changes rounding at most, and is off until you have measured it."""
+    """How the video transformer computes. What may change rounding is off until you have measured it."""
 
+    keep_text: bool = True  # what follows from the text alone is computed once a video; equal bit for bit; idle when compiled
     fuse_qkv: bool = False  # one product for query, key and value of a self-attention; needs whole weights
     compile: Literal["off", "default", "max-autotune-no-cudagraphs"] = "off"  # torch.compile, block by block
     best_attention: bool = False  # pins the best of torch's attention kernels here, and names it in the log

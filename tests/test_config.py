@@ -82,6 +82,8 @@ CHOICES = {
     "prompts": "raw",
     "spatial_source": "polished",
     "enabled": False,
+    "rehearsal.enabled": True,
+    "keep_text": False,
     "denoise": 0.4,
     "threshold": 0.6,
     "align_corners": True,

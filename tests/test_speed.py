@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.nn.attention import SDPBackend
 from ipt2v.models.vace.hints import make_hints_lazy
 from ipt2v.models.vace.speed import Capabilities, attention_backend, choose, compile_blocks, fuse_qkv
 from ipt2v.models.vace.step_cache import CacheRule, cache_steps
+from ipt2v.models.vace.text import keep_text
 
 pytestmark = pytest.mark.slow
 
@@ -38,12 +40,15 @@ def toy(dtype: torch.dtype = torch.float32, *, num_layers: int = 6, vace_layers:
 
 
 @torch.inference_mode()
-def output_of(transformer: Transformer, size: tuple[int, int, int] = (3, 4, 6)) -> torch.Tensor:
+def output_of(
+    transformer: Transformer, size: tuple[int, int, int] = (3, 4, 6), *, text: torch.Tensor | None = None, step: int = 0
+) -> torch.Tensor:
     generator, dtype = torch.Generator().manual_seed(1), transformer.dtype
     shapes = {"hidden_states": (1, 16, *size), "control_hidden_states": (1, 96, *size), "encoder_hidden_states": (1, 20, 32)}
     drawn = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     scales = torch.linspace(1.0, 0.25, len(transformer.config.vace_layers), dtype=dtype)
-    timestep = torch.tensor([500.0])
+    timestep = torch.tensor([500.0 - 100 * step])
+    drawn |= {} if text is None else {"encoder_hidden_states": text}
     return transformer(**drawn, control_hidden_states_scale=scales, timestep=timestep, return_dict=False)[0]
 
 
@@ -241,3 +246,28 @@ def test_switches_change_a_split_forward_by_rounding_at_most(ranks: list[dict[st
 def test_weights_that_ranks_share_are_not_fused(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert "blocks.0.attn1.to_q: found weights that the ranks share, expected whole ones" in rank["refused"]
+
+
+def test_what_follows_from_the_text_is_computed_once_for_each_text_and_changes_no_bit() -> None:
+    plain, keeping = toy(), toy()
+    make_hints_lazy(plain)
+    make_hints_lazy(keeping)
+    counted = [keeping.condition_embedder.text_embedder, keeping.blocks[3].attn2.to_k, keeping.vace_blocks[1].attn2.to_v]
+    calls: list[int] = [0] * len(counted)
+    for index, module in enumerate(counted):
+        module.forward = partial(count_call, calls, index, module.forward)
+    keep_text(keeping)
+    generator = torch.Generator().manual_seed(9)
+    texts = [torch.randn((1, 20, 32), generator=generator) for _ in range(4)]
+    for video in range(2):
+        for step in range(3):
+            for text in texts[2 * video : 2 * video + 2]:
+                assert torch.equal(output_of(keeping, text=text, step=step), output_of(plain, text=text, step=step))
+    assert calls == [4, 4, 4]
+    twin = texts[3].clone()  # equal, but another tensor: nothing is known of it
+    assert torch.equal(output_of(keeping, text=twin), output_of(plain, text=twin)) and calls == [5, 5, 5]
+
+
+def count_call(calls: list[int], index: int, forward: Any, text: torch.Tensor) -> torch.Tensor:
+    calls[index] += 1
+    return forward(text)

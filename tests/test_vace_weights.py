@@ -299,6 +299,15 @@ def test_sharing_divides_the_weights_and_gathers_some() -> None:
     assert none.activations == fsdp2.activations == offload.activations
 
 
+def test_a_kept_text_counts_with_its_keys_and_values_in_every_block() -> None:
+    for changes, num_texts in (({}, 2), ({"guidance_scale": 1.0}, 1)):
+        kept, not_kept = (VideoConfig(**changes, speed={"keep_text": keep}) for keep in (True, False))
+        more = memory_gb(VACE_14B, kept, Degrees()).activations - memory_gb(VACE_14B, not_kept, Degrees()).activations
+        assert more == pytest.approx(num_texts * 48 * 2 * 512 * 5120 * 2 / 1e9)
+    paired = memory_gb(VACE_14B, VideoConfig(), Degrees(cfg=2)).activations
+    assert memory_gb(VACE_14B, VideoConfig(), Degrees()).activations - paired == pytest.approx(48 * 2 * 512 * 5120 * 2 / 1e9)
+
+
 def test_what_a_gpu_cannot_hold_is_refused_with_what_would_fit() -> None:
     check_memory(VACE_14B, VideoConfig(), Degrees(), 80)
     with pytest.raises(ValueError) as caught:

@@ -21,6 +21,7 @@ from ipt2v.models.vace.sharding import load_weights
 from ipt2v.models.vace.speed import AttentionBackend, attention_backend, compile_blocks, fuse_qkv
 from ipt2v.models.vace.split import parallelise
 from ipt2v.models.vace.step_cache import CacheRule, StepCache, cache_steps
+from ipt2v.models.vace.text import keep_text
 from ipt2v.parallel import Group
 from ipt2v.xdit import Subgroups
 
@@ -75,6 +76,8 @@ def load_engine(folder: Path, settings: VideoConfig, group: Group, split: Degree
     transformer = load_weights(folder / "transformer", settings, group)
     if settings.speed.fuse_qkv:
         fuse_qkv(transformer)
+    if settings.speed.keep_text and settings.speed.compile == "off":
+        keep_text(transformer)
     make_hints_lazy(transformer)
     kernel = choose_kernel(group.device, getattr(torch, settings.dtype))
     if subgroups is not None and split.sequence > 1:

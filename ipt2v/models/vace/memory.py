@@ -127,7 +127,16 @@ def _activation_bytes(sizes: Sizes, settings: VideoConfig, split: Degrees) -> fl
     of_transformer = local * (3 * _width(sizes) + 2 * sizes["ffn_dim"]) * BYTES[settings.dtype]
     pixels = settings.width * settings.height * VAE_FRAMES
     of_vae = 2 * VAE_CHANNELS * pixels * BYTES[settings.vae_dtype]  # a convolution's input and output
-    return max(of_transformer, of_vae)
+    return max(of_transformer, of_vae) + _kept_text_bytes(sizes, settings, split)
+
+
+def _kept_text_bytes(sizes: Sizes, settings: VideoConfig, split: Degrees) -> int:
+    """Keys and values of the texts in every block, over all steps."""
+    if not settings.speed.keep_text or settings.speed.compile != "off":
+        return 0
+    num_texts = 2 if settings.guidance_scale > 1 and split.cfg == 1 else 1
+    num_blocks = sizes["num_layers"] + len(sizes["vace_layers"])
+    return 2 * num_texts * num_blocks * settings.max_text_tokens * _width(sizes) * BYTES[settings.dtype]
 
 
 def _width(sizes: Sizes) -> int:
