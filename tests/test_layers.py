@@ -11,7 +11,7 @@ from helpers import ROOT, run_python
 
 # each line may import only lines above it, and its own package
 LAYERS = (
-    ("records", "atomic", "version", "prompts", "leases", "watch"),
+    ("records", "atomic", "version", "prompts", "leases", "watch", "preflight_report"),
     ("config", "manifest", "references"),
     ("testsets",),
     ("answers", "delivery", "hdf5", "mp4"),
@@ -20,8 +20,9 @@ LAYERS = (
     ("xdit",),
     ("parallel",),
     ("models",),
+    ("metrics",),
     ("stages",),
-    ("position_file", "work"),
+    ("position_file", "work", "preflight"),
     ("claims",),
     ("video_shard",),
     ("run",),
@@ -195,6 +196,7 @@ BEFORE_A_JOB = (
         "launch.cost",
         "launch.cost_table",
         "launch.plan",
+        "launch.preflight",
         "launch.freeze",
         "launch.progress",
         "launch.queue",
