@@ -149,21 +149,44 @@ def freeze(
     print(write(prepared).root)
 
 
-@app.command(epilog="Example: ipt2v status runs/vace_14b_480p-1a2b3c4d. Exit code 1 if an item has failed.")
-def status(run: RunArgument, as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False) -> None:
-    """Count what is done, failed and missing, from the record files; needs neither sacct nor a living driver."""
+@app.command(
+    epilog="Examples: ipt2v status runs/vace_14b_480p-1a2b3c4d;  ipt2v status runs/vace_14b_480p-1a2b3c4d --watch. "
+    "Exit code 1 if an item has failed. Rates are of active time: pauses of more than half an hour do not count"
+)
+def status(
+    run: RunArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs: a list of shards")] = False,
+    with_rates: Annotated[bool, typer.Option("--rates", help="with --json: an object that has rates and failures too")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="a live view, until Ctrl-C; lines of text without a terminal")] = False,
+    every: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="with --watch: between two looks")] = 5.0,
+) -> None:
+    """What is done, failed and missing, how fast, at what price, until when: from record files, and squeue if it answers."""
     from ipt2v.run_dir import RunDir
-    from launch.progress import count_all, print_status
-    from launch.queue import live_elements
+    from launch.progress import count_all
+    from launch.status import Memory, json_rows, look_at, look_at_queue, status_lines
+    from launch.status import as_json as all_facts
 
+    if (as_json and watch) or (with_rates and not as_json):
+        raise ValueError(
+            "status: --json and --watch exclude each other, and --rates is for --json: the text has the rates always"
+        )
     opened = RunDir(run)
-    counts, live = count_all(opened), live_elements(opened)
-    if as_json:
-        rows = [{name: getattr(count, name) for name in count.__slots__} for count in counts]
-        states = [row | {"queue": live.get((row["stage"], row["shard"]), "")} for row in rows]
-        print(json.dumps(states, indent=1))
+    if watch:
+        try:
+            from launch.dashboard import watch as watch_run
+
+            watch_run(opened, every)
+        except KeyboardInterrupt:
+            raise typer.Exit(0) from None
+    opened.environment()  # a mistyped folder is no run, whatever the queue says
+    queue = look_at_queue(opened)
+    if as_json and not with_rates:
+        counts = count_all(opened)
+        print(json.dumps(json_rows(counts, queue), indent=1))
     else:
-        print_status(opened, counts, live)
+        look = look_at(opened, queue, Memory())
+        counts = list(look.counts)
+        print(json.dumps(all_facts(look), indent=1) if as_json else "\n".join(status_lines(look)))
     raise typer.Exit(1 if any(count.failed for count in counts) else 0)
 
 
@@ -285,6 +308,41 @@ def verify_split(
         raise OSError("; ".join(problems) or f"verify-split wrote nothing; see `ipt2v logs {run} {VERIFY_SPLIT} {shard}`")
     for name, value in json.loads(path.read_text(encoding="utf-8")).items():
         print(f"{name:<20} {value:.3g}" if isinstance(value, float) else f"{name:<20} {value}")
+
+
+@app.command(
+    epilog="Examples: ipt2v preflight --cluster my_cluster.yaml;  ipt2v preflight configs/vace_14b_480p.yaml --cluster "
+    "my_cluster.yaml --elements 4. Exit code 0: all good, 1: problems, with the `exclude:` line for the cluster file"
+)
+def preflight(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="the weights that this run loads, too")] = None,
+    overrides: OverridesArgument = None,
+    on: PlaceOption = Place.slurm,
+    cluster: ClusterOption = None,
+    elements: Annotated[int, typer.Option("--elements", min=1, help="as many jobs at once: looks at more nodes")] = 1,
+    weights: WeightsOption = None,
+    runs: RunsOption = None,
+) -> None:
+    """Look at the nodes before a long run, in a job of two minutes with the resources of a video element.
+
+    Versions, GPUs and their memory, matrix products, network, shared file system, clocks, disks, weights; bad nodes are named.
+    """
+    from ipt2v.config import RunConfig, load_settings
+    from launch.cluster import load_cluster
+    from launch.preflight import look_at_nodes, prepare
+
+    if on == Place.here:
+        raise ValueError("preflight: one process says nothing of nodes; --on slurm, or --on local for this machine")
+    site = load_cluster(cluster)
+    settings = load_settings(RunConfig, config, tuple(overrides or ())) if config else None
+    folders = {"runs_dir": runs or Path(site.runs_dir), "weights_dir": weights or Path(site.weights_dir)}
+    prepared = prepare(site, config=settings, num_elements=elements, on_slurm=on == Place.slurm, **folders)
+    try:
+        code = look_at_nodes(prepared)
+    except KeyboardInterrupt:
+        print("cancelled", file=sys.stderr)
+        raise typer.Exit(1) from None
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -491,6 +549,7 @@ def _costs(prepared: Prepared, site: Cluster, todo: tuple[Submission, ...], dead
 
 
 def _start(run: RunDir, site: Cluster, todo: tuple[Submission, ...], on: Place) -> list[str]:
+    from launch.evidence import bad_nodes
     from launch.local import run_here, run_local
     from launch.progress import ProgressLine
     from launch.submit import Submitter
@@ -500,6 +559,9 @@ def _start(run: RunDir, site: Cluster, todo: tuple[Submission, ...], on: Place) 
     elif on == Place.local:
         return run_local(run, site, todo, ProgressLine(run))
     else:
+        if todo and (nodes := bad_nodes(run)):
+            print(f"left out: {','.join(nodes)}; `ipt2v nodes {run.root}` says why")
+            site = site.without(nodes)
         Submitter(run=run, cluster=site).submit(todo, _print_submitted)
     return []
 

@@ -87,6 +87,15 @@ class Cluster(Settings):
                 raise ValueError(f"hardware.{name}: found {there}, expected at least the {asked} that a video element asks for")
         return self
 
+    def without(self, nodes: tuple[str, ...]) -> Cluster:
+        """The same site, but no stage is given these nodes."""
+        changed = {}
+        for name in ("first_frame", "video"):
+            resources: Resources = getattr(self, name)
+            named = [resources.exclude] if resources.exclude else []
+            changed[name] = resources.model_copy(update={"exclude": ",".join([*named, *nodes])})
+        return self.model_copy(update=changed) if nodes else self
+
     def resources(self, stage: str) -> Resources:
         return {"first_frame": self.first_frame, "video": self.video, VERIFY_SPLIT: self.video}[stage]
 

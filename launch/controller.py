@@ -67,20 +67,20 @@ def states(job_ids: Collection[str]) -> dict[str, str]:
     """Element id -> state, of the arrays that SLURM still knows. Raises NoAnswer."""
     if not job_ids:
         return {}
-    rows = _squeue("-r", "-o", "%i|%T", "-j", ",".join(job_ids))
+    rows = squeue("-r", "-o", "%i|%T", "-j", ",".join(job_ids))
     return {row[0]: row[1] for row in rows}
 
 
 def is_known(job_id: str) -> bool:
     """Whether SLURM still knows an array. A dependency on one that it does not know counts as fulfilled. Raises NoAnswer."""
-    return bool(_squeue("-o", "%F|%T", "-j", job_id))
+    return bool(squeue("-o", "%F|%T", "-j", job_id))
 
 
 def arrays_named(names: Collection[str]) -> list[Found]:
     """The arrays of these names that SLURM still knows, of any user. Raises NoAnswer."""
     if not names:
         return []
-    rows = _squeue("-o", "%F|%j|%o", f"--name={','.join(names)}")
+    rows = squeue("-o", "%F|%j|%o", f"--name={','.join(names)}")
     # a row for each element that has started: of an array once
     found = {row[0]: Found(job_id=row[0], name=row[1], script=row[2] if len(row) > 2 else "") for row in rows}
     return [found[job_id] for job_id in sorted(found, key=int) if found[job_id].name in names]
@@ -112,7 +112,7 @@ def parse_max_array_size(config: str) -> int:
     return max(1, min((int(one or other) for one, other in limits), default=DEFAULT_MAX_ARRAY_SIZE))
 
 
-def _squeue(*words: str) -> list[list[str]]:
+def squeue(*words: str) -> list[list[str]]:
     done = _run("squeue", "-h", "-a", "-t", "all", *words)
     if done.returncode and "invalid job id" not in done.stderr.lower():  # that is how it says that it has forgotten a job
         raise NoAnswer(f"squeue: {done.stderr.strip() or f'exit code {done.returncode}'}")

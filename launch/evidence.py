@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -29,12 +30,15 @@ from launch.faults import (
     expand_nodes,
     explain,
     newest_life,
+    nodes_to_exclude,
     printable,
 )
 from launch.queue import Submitted, live_elements, submissions
 
 TAIL_BYTES = 128 * 1024  # of each log; with a rank's stacks and a traceback of all libraries it is some 20 kB
 MAX_LINE = 4000
+MAX_FAULTS = 200  # elements whose logs are read before each submission: a second each, if all their ranks have failed
+MAX_EXCLUDED = 8  # nodes
 ANSWER_SECONDS = 30
 _LOG_NAME = re.compile(r"(?P<element>\d+(?:_\d+)?)_(?P<rank>\d+)_log\.(?P<kind>out|err)")
 # of `squeue -O`, with widths: neither names of nodes nor reasons can run into the next column
@@ -130,12 +134,21 @@ def faults(known: Known, stage: str) -> list[Fault]:
 
 
 def all_faults(known: Known) -> Iterator[Fault]:
-    """How every element of every submission has ended, earlier lives of requeued ones included."""
-    for submitted in known.submitted:
+    """How every element of every submission has ended, newest first, earlier lives of requeued ones included."""
+    for submitted in reversed(known.submitted):
         for index, shard in enumerate(submitted.shards):
             for life in known.lives.get(submitted.element(index), ())[:-1]:
                 yield classify(Evidence(stage=submitted.stage, shard=shard, state=life.state, nodes=life.nodes))
             yield classify(collect(known, submitted.stage, shard, submitted))
+
+
+def bad_nodes(run: RunDir) -> tuple[str, ...]:
+    """Nodes that the next submission should not be given, from how its newest MAX_FAULTS elements have ended.
+
+    None where so many are named that the site, not its nodes, is to blame: then every node would be left out.
+    """
+    nodes = nodes_to_exclude(islice(all_faults(gather(run)), MAX_FAULTS))
+    return nodes if len(nodes) <= MAX_EXCLUDED else ()
 
 
 def find_shard(run: RunDir, key: str) -> int:

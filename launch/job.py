@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -43,16 +44,7 @@ class ShardJob:
     local_weights_dir: str | None = None  # as in the cluster file: $VARIABLES are the node's
 
     def __call__(self, shard: int) -> str:
-        environment = submitit.JobEnvironment()
-        if environment.num_tasks != self.num_tasks:
-            # a site default (SBATCH_NTASKS_PER_NODE, ...) can multiply tasks: submitit issue 1727
-            raise ValueError(
-                f"{self.stage} shard {shard}: found {environment.num_tasks} tasks, asked for {self.num_tasks}; "
-                "look for SBATCH_* or SLURM_* defaults of the site that change the number of tasks"
-            )
-        # not CUDA_VISIBLE_DEVICES: its default narrows it to one GPU by local rank, wrong where a node is shared
-        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+        environment = _become_a_rank(f"{self.stage} shard {shard}", self.num_tasks)
         from ipt2v.run import run_shard
 
         self._choose_weights(environment)
@@ -81,6 +73,60 @@ class ShardJob:
         """The same call, when the scheduler has warned: what is finished is in files, and what is half done is saved now."""
         interrupted()
         return submitit.helpers.DelayedSubmission(self, shard)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreflightJob:
+    """ipt2v.preflight on every rank, with the resources of a video element; its "shard" is the number of the element."""
+
+    folder: str
+    num_tasks: int
+    num_gpus: int  # of a node
+    weights_dir: str
+    local_weights_dir: str
+    commands: tuple[str, ...]
+
+    def __call__(self, shard: int) -> str:
+        _become_a_rank(f"preflight element {shard}", self.num_tasks)
+        from ipt2v.preflight import Asked, run_preflight
+
+        os.environ[STALL_SECONDS] = str(PREFLIGHT_STALL_SECONDS)
+        asked = Asked(
+            folder=Path(self.folder),
+            element=shard,
+            node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),  # the name that `exclude` wants
+            num_gpus=self.num_gpus,
+            weights_dir=self.weights_dir,
+            local_weights_dir=self.local_weights_dir,
+            commands=self.commands,
+        )
+        run_preflight(asked)
+        return f"preflight element {shard}: reported"
+
+    def checkpoint(self, shard: int) -> submitit.helpers.DelayedSubmission:
+        """Never again by itself: who waits for it would wait for ever."""
+        raise TimeoutError(f"preflight element {shard}: the scheduler ended it before it was done; run it again")
+
+
+PREFLIGHT_STALL_SECONDS = 120.0  # more than a file of another node may take to come into sight
+
+
+def _become_a_rank(what: str, num_tasks: int) -> submitit.JobEnvironment:
+    """Give torch this task's place among the others, and logs their form.
+
+    Raises ValueError unless there are `num_tasks` tasks.
+    """
+    environment = submitit.JobEnvironment()
+    if environment.num_tasks != num_tasks:
+        # a site default (SBATCH_NTASKS_PER_NODE, ...) can multiply tasks: submitit issue 1727
+        raise ValueError(
+            f"{what}: found {environment.num_tasks} tasks, asked for {num_tasks}; "
+            "look for SBATCH_* or SLURM_* defaults of the site that change the number of tasks"
+        )
+    # not CUDA_VISIBLE_DEVICES: its default narrows it to one GPU by local rank, wrong where a node is shared
+    submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+    return environment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

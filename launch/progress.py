@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ipt2v.run_dir import STAGES, RunDir, StageCount
 from launch.queue import live_elements
 
 QUEUE_POLL_SECONDS = 2
-MAX_REASONS = 20
 
 
-def count_all(run: RunDir) -> list[StageCount]:
-    """Progress of every stage of every shard."""
+def all_keys(run: RunDir) -> dict[int, tuple[str, ...]]:
+    """The keys of every shard."""
+    return {shard: run.shard_keys(shard) for shard in range(run.environment().num_shards)}
+
+
+def count_all(run: RunDir, keys: Mapping[int, tuple[str, ...]] | None = None) -> list[StageCount]:
+    """Progress of every stage of every shard; `keys` of each, where they have been read already."""
     counts = []
-    for shard in range(run.environment().num_shards):
-        keys = run.shard_keys(shard)
-        counts += [run.count(stage, shard, keys) for stage in STAGES]
+    for shard in range(run.environment().num_shards) if keys is None else keys:
+        mine = run.shard_keys(shard) if keys is None else keys[shard]
+        counts += [run.count(stage, shard, mine) for stage in STAGES]
     return sorted(counts, key=lambda count: (STAGES.index(count.stage), count.shard))
 
 
@@ -55,8 +59,8 @@ def wait_for_queue(run: RunDir, tick: ProgressLine) -> None:
         time.sleep(QUEUE_POLL_SECONDS)
 
 
-def print_status(run: RunDir, counts: list[StageCount], live: dict[tuple[str, int], str]) -> None:
-    """A line for each shard that is not finished and one for all that are, by stage; reasons of failures; totals."""
+def shard_lines(counts: list[StageCount], live: Mapping[tuple[str, int], str]) -> list[str]:
+    """A line for each shard that is not finished, with its state in the queue, and one for all that are, by stage."""
     lines = [_status_line("stage", "shards", "done", "failed", "missing", "queue")]
     for stage in STAGES:
         mine = [count for count in counts if count.stage == stage]
@@ -68,11 +72,7 @@ def print_status(run: RunDir, counts: list[StageCount], live: dict[tuple[str, in
             if count.failed or count.missing:
                 state = live.get((stage, count.shard), "").lower()
                 lines.append(_status_line(stage, count.shard, count.done, count.failed, count.missing, state))
-    failures = run.failures()
-    lines += [f"failed: {failure.key} ({failure.stage}): {failure.reason}" for failure in failures[:MAX_REASONS]]
-    if len(failures) > MAX_REASONS:
-        lines.append(f"... and {len(failures) - MAX_REASONS} more below {run.root / 'failure'}")
-    print("\n".join([*lines, summary(counts)]))
+    return lines
 
 
 def _status_line(stage: str, shards: object, *numbers: object) -> str:

@@ -34,6 +34,7 @@ COMMANDS = [
     "cancel",
     "package",
     "verify-split",
+    "preflight",
     "weights",
     "weights list",
     "weights fetch",

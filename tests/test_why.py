@@ -21,7 +21,8 @@ from ipt2v import hdf5
 from ipt2v.records import Failure
 from ipt2v.run_dir import RunDir
 from launch import cli
-from launch.evidence import ago, collect, gather, tail
+from launch.cluster import Cluster, Resources
+from launch.evidence import ago, bad_nodes, collect, gather, tail
 from launch.logs import follow
 from launch.queue import Submitted, remember
 from launch.retry import submit_command
@@ -310,6 +311,25 @@ def test_nodes_with_broken_hardware_come_with_the_line_for_the_cluster_file(ipt2
     lines = ipt2v("nodes", run.root).out.splitlines()
     assert lines[:2] == [f"{'node3':<20} bad GPU (hardware) x 1", f"{'node5':<20} bad GPU x 1"]
     assert "  exclude: node3" in lines
+
+
+def test_the_next_submission_is_not_given_a_broken_node(ipt2v: Call, run: RunDir) -> None:
+    submitted(run)
+    assert bad_nodes(run) == ()
+    write_log(run, "70_0_0_log.out", START.format("node3") + "\n")
+    write_log(run, "70_0_0_log.err", XID + "\n")
+    assert bad_nodes(run) == ("node3",)
+    site = Cluster(video=Resources(exclude="node1")).without(bad_nodes(run))
+    assert (site.video.exclude, site.first_frame.exclude) == ("node1,node3", "node3")
+    assert Cluster().without(()) == Cluster()
+
+
+def test_where_every_node_seems_broken_none_is_left_out(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted(run)
+    write_log(run, "70_0_0_log.out", START.format("node3") + "\n")
+    write_log(run, "70_0_0_log.err", XID + "\n")
+    monkeypatch.setattr("launch.evidence.MAX_EXCLUDED", 0)
+    assert bad_nodes(run) == ()
 
 
 def test_two_node_failures_in_former_lives_count(ipt2v: Call, run: RunDir, scheduler: Scheduler) -> None:
