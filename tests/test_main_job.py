@@ -208,16 +208,28 @@ def test_after_a_sigkill_submitting_again_makes_the_missing_items_only(
 
 
 @pytest.mark.slurm
-def test_a_split_over_two_nodes_is_verified_against_one_rank(
-    killed: tuple[RunDir, dict[str, MadeItem], str], cluster: Cluster
+@pytest.mark.parametrize(
+    ("num_nodes", "num_ranks", "split"),
+    [(2, 4, "cfg 2 x ulysses 2 x ring 1"), (4, 4, "cfg 2 x ulysses 1 x ring 2")],
+    ids=["ulysses inside a node", "ring between nodes"],
+)
+def test_a_split_over_nodes_is_verified_against_one_rank(
+    killed: tuple[RunDir, dict[str, MadeItem], str],
+    cluster: Cluster,
+    tmp_path: Path,
+    num_nodes: int,
+    num_ranks: int,
+    split: str,
 ) -> None:
     run, _, _ = killed
-    words = ("--on", "slurm", "--cluster", CLUSTERS / "devcluster.yaml")
-    output = ipt2v("verify-split", run.root, *words, environment=cluster.environment)
+    site = tmp_path / "cluster.yaml"
+    video = {"nodes": num_nodes, "gpus_per_node": num_ranks // num_nodes, "timeout_minutes": 30, "mem_gb": 4}
+    site.write_text(json.dumps({"video": video, "signal_delay_seconds": 20}), encoding="utf-8")
+    output = ipt2v("verify-split", run.root, "--on", "slurm", "--cluster", site, environment=cluster.environment)
     check = json.loads(run.split_check_path(0).read_text(encoding="utf-8"))
-    assert (check["num_ranks"], check["num_nodes"], check["split"]) == (4, 2, "cfg 2 x ulysses 2 x ring 1")
+    assert (check["num_ranks"], check["num_nodes"], check["split"]) == (num_ranks, num_nodes, split)
     assert 0 <= check["mean_error"] <= check["max_error"] <= 2e-5 < check["largest_value"]
-    assert "cfg 2 x ulysses 2 x ring 1" in output
+    assert split in output
 
 
 @pytest.mark.slurm
