@@ -246,7 +246,7 @@ def nodes(run: RunArgument) -> None:
     """List the nodes on which elements have failed, and the line that keeps the bad ones out of the next submission."""
     from ipt2v.run_dir import RunDir
     from launch.evidence import all_faults, gather
-    from launch.faults import node_lines
+    from launch.fault_text import node_lines
 
     opened = RunDir(run)
     opened.environment()

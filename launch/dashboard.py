@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ipt2v.run_dir import STAGES, RunDir, StageCount
-from launch.faults import printable
+from launch.fault_text import printable
 from launch.progress import summary
 from launch.status import (
     RUNNING,

@@ -20,19 +20,9 @@ from safetensors import SafetensorError, safe_open
 
 from ipt2v.leases import LEASE_SECONDS
 from ipt2v.run_dir import STAGES, VERIFY_SPLIT, RunDir
-from launch.faults import (
-    RUNNING_STATES,
-    WAITING_STATES,
-    Evidence,
-    Fault,
-    RankLog,
-    classify,
-    expand_nodes,
-    explain,
-    newest_life,
-    nodes_to_exclude,
-    printable,
-)
+from launch.fault_text import expand_nodes, explain, newest_life, nodes_to_exclude, printable
+from launch.fault_words import RUNNING_STATES, WAITING_STATES, Evidence, Fault, RankLog
+from launch.faults import classify
 from launch.queue import Submitted, live_elements, submissions
 
 TAIL_BYTES = 128 * 1024  # of each log; with a rank's stacks and a traceback of all libraries it is some 20 kB

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from ipt2v.run_dir import RunDir
 from launch.evidence import Known, ago, collect, tail
-from launch.faults import FINE_KINDS, classify, printable
+from launch.fault_text import printable
+from launch.fault_words import FINE_KINDS
+from launch.faults import classify
 from launch.queue import live_elements, log_files, submissions
 
 MAX_LISTED = 100

@@ -27,7 +27,9 @@ from ipt2v.run_dir import Environment, RunDir
 from ipt2v.version import code_version
 from launch.cluster import Cluster
 from launch.evidence import Known, collect, gather
-from launch.faults import NODE_KINDS, Kind, RankLog, classify, printable
+from launch.fault_text import printable
+from launch.fault_words import NODE_KINDS, Kind, RankLog
+from launch.faults import classify
 from launch.job import PreflightJob, outside_any_job
 from launch.plan import Submission
 from launch.progress import QUEUE_POLL_SECONDS, ranges

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ipt2v.run_dir import STAGES, RunDir
 from launch.evidence import find_shard
-from launch.faults import printable
+from launch.fault_text import printable
 from launch.progress import ranges
 from launch.queue import live_elements, submissions
 

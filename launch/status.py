@@ -15,7 +15,7 @@ from ipt2v.records import Failure
 from ipt2v.run_dir import STAGES, RunDir, StageCount
 from launch import controller
 from launch.controller import NoAnswer
-from launch.faults import printable
+from launch.fault_text import printable
 from launch.measure import Measured, measure
 from launch.progress import all_keys, count_all, shard_lines, summary
 from launch.queue import Submitted, settle, states, submissions

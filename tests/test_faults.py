@@ -4,22 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from launch.faults import (
-    CAUSES,
-    MEANINGS,
-    Evidence,
-    Fault,
-    Kind,
-    Policy,
-    RankLog,
-    classify,
-    expand_nodes,
-    explain,
-    newest_life,
-    node_lines,
-    nodes_to_exclude,
-    printable,
-)
+from launch.fault_text import expand_nodes, explain, newest_life, node_lines, nodes_to_exclude, printable
+from launch.fault_words import CAUSES, MEANINGS, Evidence, Fault, Kind, Policy, RankLog
+from launch.faults import classify
 
 # (seen): torch 2.13, gloo, two processes of which one was killed, slept, or raised
 GLOO_CLOSED = (
