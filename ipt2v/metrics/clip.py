@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ipt2v.metrics.layout import count, heads, load_wrapped
-from ipt2v.metrics.strict_load import Tensors, axis_size, fill
+from ipt2v.metrics.strict_load import Tensors, axis_size, count, fill, heads, load
 
 # of the TorchScript archive: numbers that the tensors' shapes say as well
 _BOOKKEEPING = ("input_resolution", "context_length", "vocab_size")
@@ -181,7 +180,7 @@ def load_clip(path: Path) -> CLIP:
     tensors are read. Raises ValueError if the file cannot be read or is not, key by key and shape by shape, a CLIP; OSError
     if there is none.
     """
-    return load_wrapped(path, build)
+    return load(path, build)
 
 
 def build(tensors: Tensors) -> CLIP:

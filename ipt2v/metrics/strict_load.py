@@ -1,15 +1,20 @@
-"""A published .pth file -> a network that holds exactly its tensors. Knows no particular network."""
+"""A published file of weights -> a network that holds exactly its tensors. Knows no particular network."""
 
 from __future__ import annotations
 
 import errno
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
+
+from ipt2v.metrics.torchscript import is_torchscript, read_torchscript
 
 Tensors = dict[str, torch.Tensor]
 Network = TypeVar("Network", bound=nn.Module)
@@ -29,24 +34,49 @@ def load(path: Path, build: Callable[[Tensors], Network]) -> Network:
 def read_tensors(path: Path) -> Tensors:
     """The tensors of a file by their keys without DataParallel's `module.`, float32, on the CPU.
 
-    Accepts a plain state dict and {"state_dict": ...}. num_batches_tracked is left out. Raises ValueError if the file holds
-    anything else, or cannot be read without running code from it (weights_only), OSError if it is not there.
+    Accepts a plain state dict, {"state_dict": ...}, {"model": ...}, safetensors and TorchScript archives. num_batches_tracked
+    is left out. Raises ValueError if the file holds anything else, or cannot be read without running code from it, OSError if
+    it is not there.
     """
     path = Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, OSError) as error:
+        content = _read(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError, OSError) as error:
         # torch reports some torn files as an invalid argument
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         advice = "download it again; if it holds more than tensors, save its state dict alone where you trust it"
         raise ValueError(f"{path}: cannot be read as tensors: {reason}; {advice}") from error
-    content = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if isinstance(content, Mapping):
+        content = content.get("state_dict", content.get("model", content))
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{path}: holds {type(content).__name__}, expected a state dict of tensors; name another file")
     tensors = {str(key).removeprefix("module."): value.float() for key, value in content.items()}
     return {key: value for key, value in tensors.items() if not key.endswith(_BOOKKEEPING)}
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if is_torchscript(path):
+        return read_torchscript(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def count(tensors: Tensors, prefix: str) -> int:
+    """How many numbered parts there are below a prefix; at least 1, so that the keys of a part left out are missed."""
+    found = {match[1] for key in tensors if (match := re.match(re.escape(prefix) + r"(\d+)\.", key))}
+    return max(1, len(found))
+
+
+def heads(width: int) -> int:
+    """Attention heads of a transformer: 64 channels each, in every checkpoint here. Raises ValueError if they do not fit."""
+    if width % 64 or not width:
+        raise ValueError(f"a transformer of width {width}, expected a multiple of 64; name another file")
+    return width // 64
 
 
 def axis_size(tensors: Tensors, key: str, axis: int = 0) -> int:

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from ipt2v.metrics.clip import ImageSize, TextSize, TextTower, Transformer, read_image_size, read_text_size
-from ipt2v.metrics.layout import load_wrapped
-from ipt2v.metrics.strict_load import Tensors, axis_size, fill
+from ipt2v.metrics.strict_load import Tensors, axis_size, fill, load
 
 
 class VideoTower(nn.Module):
@@ -67,7 +66,7 @@ def load_viclip(path: Path) -> ViCLIP:
 
     Raises ValueError if the file cannot be read or is not, key by key and shape by shape, a ViCLIP; OSError if there is none.
     """
-    return load_wrapped(path, build)
+    return load(path, build)
 
 
 def build(tensors: Tensors) -> ViCLIP:
