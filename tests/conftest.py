@@ -4,7 +4,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,19 @@ def short_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="c", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def save(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[object], Path]:
+    """save(content): a file of torch.save, called after the test file: raft.pth for test_raft.py."""
+    import torch
+
+    def save(content: object) -> Path:
+        path = tmp_path / f"{request.module.__name__.removeprefix('test_')}.pth"
+        torch.save(content, path)
+        return path
+
+    return save
 
 
 @pytest.fixture(scope="session")

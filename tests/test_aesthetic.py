@@ -19,8 +19,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from ipt2v.metrics.aesthetic import load_head
 from ipt2v.metrics.clip import CLIP, ImageSize, TextSize, TransformerSize, load_clip
-from ipt2v.metrics.torchscript import is_torchscript, read_torchscript
 from ipt2v.metrics.toy_quality import TOY_IMAGE, toy_clip, toy_head
+from ipt2v.models.torchscript import is_torchscript, read_torchscript
 
 pytestmark = pytest.mark.slow
 
@@ -42,15 +42,6 @@ VIT_L_14 = (
 # shared/facts/checkpoints/clip_vit_l14.tsv
 NUM_KEYS, KEYS_SHA256 = 446, "05ef2487d55e888e760f2390de990004e3730b92e25b28bbdf7436ef088dd8fb"
 HEAD = ROOT.parent / "shared" / "data" / "weights" / "sa_0_4_vit_l_14_linear.pth"
-
-
-@pytest.fixture
-def save(tmp_path: Path) -> Save:
-    def save(content: object) -> Path:
-        torch.save(content, tmp_path / "clip.pt")
-        return tmp_path / "clip.pt"
-
-    return save
 
 
 @pytest.fixture(scope="module")

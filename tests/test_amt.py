@@ -38,15 +38,6 @@ AMT_S = AMTSize(
 NUM_KEYS, KEYS_SHA256 = 213, "e89d80231644b2bd1a4c54d66d67145214894b0c675570e3889fbdcea92ec36b"
 
 
-@pytest.fixture
-def save(tmp_path: Path) -> Save:
-    def save(content: object) -> Path:
-        torch.save(content, tmp_path / "amt.pth")
-        return tmp_path / "amt.pth"
-
-    return save
-
-
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> AMT:
     path = tmp_path_factory.mktemp("amt") / "amt-s.pth"

@@ -28,15 +28,6 @@ NUM_KEYS, KEYS_SHA256 = 917, "dd0327d19afa8c821651aad07d7540add8b5ea316f0663cbdd
 NUM_VALUES, NUM_PARAMETERS = 65_220_569, 65_150_912  # with statistics and counters, and without
 
 
-@pytest.fixture
-def save(tmp_path: Path) -> Save:
-    def save(content: object) -> Path:
-        torch.save(content, tmp_path / "curricular.bin")
-        return tmp_path / "curricular.bin"
-
-    return save
-
-
 @pytest.fixture(scope="module")
 def tensors() -> Tensors:
     return toy_curricular(5)

@@ -16,7 +16,7 @@ from ipt2v.metrics.identity import (
     cosine,
     identity,
 )
-from ipt2v.metrics.motion import Undefined
+from ipt2v.metrics.undefined import Undefined
 
 
 def at(degrees: float) -> np.ndarray:

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipt2v.metrics import amt, motion, raft
-from ipt2v.metrics.motion import DynamicDegree, Undefined, dynamic_degree, motion_smoothness, sampling_interval, verdict
+from ipt2v.metrics.motion import DynamicDegree, dynamic_degree, motion_smoothness, sampling_interval, verdict
 from ipt2v.metrics.toy_motion import toy_amt, toy_raft
+from ipt2v.metrics.undefined import Undefined
 
 pytestmark = pytest.mark.slow
 

@@ -30,15 +30,6 @@ NUM_KEYS, KEYS_SHA256 = 248, "573a456ac47939387cf2100a76a4850d6b3740f077ce66093f
 ENCODER = "transformer_encoder."
 
 
-@pytest.fixture
-def save(tmp_path: Path) -> Save:
-    def save(content: object) -> Path:
-        torch.save(content, tmp_path / "musiq.pth")
-        return tmp_path / "musiq.pth"
-
-    return save
-
-
 @pytest.fixture(scope="module")
 def tensors() -> Tensors:
     return toy_musiq(3)

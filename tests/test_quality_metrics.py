@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from ipt2v.metrics import clip, musiq, viclip
 from ipt2v.metrics.aesthetic import AestheticHead
 from ipt2v.metrics.aesthetic import build as build_head
-from ipt2v.metrics.motion import Undefined
 from ipt2v.metrics.quality import (
     aesthetic_quality,
     clip_pixels,
@@ -26,6 +25,7 @@ from ipt2v.metrics.quality import (
     overall_consistency,
 )
 from ipt2v.metrics.toy_quality import toy_clip, toy_head, toy_musiq, toy_viclip
+from ipt2v.metrics.undefined import Undefined
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ import torch
 
 from ipt2v.metrics import correlation
 from ipt2v.metrics.raft import RAFT, EncoderSize, RAFTSize, load_raft, make_raft, upsample
-from ipt2v.metrics.strict_load import read_tensors
 from ipt2v.metrics.toy_motion import TOY_RAFT, toy_raft
+from ipt2v.models.strict_load import read_tensors
 
 pytestmark = pytest.mark.slow
 
@@ -37,15 +37,6 @@ THINGS = RAFTSize(
 )
 # of the sorted lines "key 64x3x7x7 float32" of raft-things.pth, joined by newlines
 NUM_KEYS, KEYS_SHA256 = 179, "feb01b6bbbd30c6c39dfb9535f6e24e4204ff25c195e20fbf33c9cceb92754bb"
-
-
-@pytest.fixture
-def save(tmp_path: Path) -> Save:
-    def save(content: object) -> Path:
-        torch.save(content, tmp_path / "raft.pth")
-        return tmp_path / "raft.pth"
-
-    return save
 
 
 @pytest.fixture(scope="module")

@@ -41,15 +41,6 @@ TINY_IMAGE = ImageSize(transformer=TINY, patch=5, grid=3, out_width=7)
 TINY_TEXT = TextSize(transformer=TINY, context=9, vocabulary=30, out_width=7)
 
 
-@pytest.fixture
-def save(tmp_path: Path) -> Save:
-    def save(content: object) -> Path:
-        torch.save(content, tmp_path / "viclip.pth")
-        return tmp_path / "viclip.pth"
-
-    return save
-
-
 @pytest.fixture(scope="module")
 def tensors() -> Tensors:
     return toy_viclip(2)["model"]

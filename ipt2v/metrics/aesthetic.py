@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ipt2v.metrics.strict_load import Tensors, axis_size, fill, load
+from ipt2v.models.strict_load import Tensors, axis_size, fill, load
 
 
 class AestheticHead(nn.Linear):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ipt2v.metrics import correlation
-from ipt2v.metrics.strict_load import Tensors, axis_size, fill, load
+from ipt2v.models.strict_load import Tensors, axis_size, fill, load
 
 STRIDE = 16  # both sides must be multiples
 _MIDDLE = 0.5

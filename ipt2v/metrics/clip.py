@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ipt2v.metrics.strict_load import Tensors, axis_size, count, fill, heads, load
+from ipt2v.models.strict_load import Tensors, axis_size, count, fill, heads, load
 
 # of the TorchScript archive: numbers that the tensors' shapes say as well
 _BOOKKEEPING = ("input_resolution", "context_length", "vocab_size")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ipt2v.metrics.strict_load import Tensors, axis_size, count, fill, load
+from ipt2v.models.strict_load import Tensors, axis_size, count, fill, load
 
 FACE_SIZE = 112  # pixels
 _NUM_STAGES = 4  # each halves the resolution

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ipt2v.metrics.motion import Undefined
+from ipt2v.metrics.undefined import Undefined
 
 CONSISID_FRAMES = 16
 NO_FACE = "no face in any frame"

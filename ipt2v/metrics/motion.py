@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ipt2v.metrics.correlation import MIN_SIDE_PIXELS
+from ipt2v.metrics.undefined import Undefined
 
 # from the first frames to the second, [B,3,Hp,Wp] float 0..255 -> [B,2,Hp,Wp] float in pixels: a RAFT, or a stand-in
 Flow = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -28,13 +29,6 @@ _SAMPLED_FPS = 8
 _FASTEST_SHARE = 0.05
 _THRESHOLD_PIXELS, _REFERENCE_SIDE_PIXELS = 6.0, 256
 _MOVING_PAIRS, _REFERENCE_FRAMES = 4, 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Undefined:
-    """A score that this video cannot have."""
-
-    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ipt2v.metrics.strict_load import Tensors, axis_size, count, fill, heads, load
+from ipt2v.models.strict_load import Tensors, axis_size, count, fill, heads, load
 
 PATCH = 32  # pixels
 LONGER_SIDES = (224, 384, None)  # of the scales, pixels; None: as it is

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ipt2v.metrics.motion import Undefined
+from ipt2v.metrics.undefined import Undefined
 
 # [B,3,H,W] float 0..1, all of one size -> quality [B], nominally 0..100: a MUSIQ trained on SPAQ, or a stand-in
 ScoreImages = Callable[[torch.Tensor], torch.Tensor]

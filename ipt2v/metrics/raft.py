@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ipt2v.metrics import correlation
-from ipt2v.metrics.strict_load import Tensors, axis_size, fill, load
+from ipt2v.models.strict_load import Tensors, axis_size, fill, load
 
 NUM_ITERATIONS = 20  # VBench dynamic_degree.py: iters=20
 STRIDE = 8  # pixels per cell; also the side of the square that the mask fills

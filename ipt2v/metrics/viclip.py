@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ipt2v.metrics.clip import ImageSize, TextSize, TextTower, Transformer, read_image_size, read_text_size
-from ipt2v.metrics.strict_load import Tensors, axis_size, fill, load
+from ipt2v.models.strict_load import Tensors, axis_size, fill, load
 
 
 class VideoTower(nn.Module):

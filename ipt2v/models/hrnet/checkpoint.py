@@ -9,18 +9,15 @@ Layouts, told apart by their keys but for the first two, which only the file nam
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ipt2v.models.hrnet.network import HRNet, HRNetSize
+from ipt2v.models.strict_load import Tensors, axis_size, count, fill, load
 
-Tensors = dict[str, torch.Tensor]
 # by_name: "inplace_abn" if the file's name has torch04 in it (a conversion must keep it), else "as_is"
 Gamma = Literal["by_name", "as_is", "inplace_abn"]
 
@@ -42,37 +39,25 @@ def load_network(path: Path, *, align_corners: bool = False, gamma: Gamma = "by_
     Raises ValueError if the file cannot be read or is not, key by key and shape by shape, an HRNetV2.
     """
     path = Path(path)
-    tensors = _official(_read(path))
-    if gamma == "inplace_abn" or (gamma == "by_name" and "torch04" in path.name):
-        for key in (key for key, tensor in tensors.items() if key.endswith(".weight") and tensor.ndim == 1):
-            tensors[key] = tensors[key].abs() + _INPLACE_ABN_EPS
-    size = _read_size(tensors, path)
-    with torch.device("meta"):
-        network = HRNet(size, align_corners=align_corners)
-    _check(tensors, network, path)
-    network.load_state_dict(tensors, assign=True)  # torch itself sets num_batches_tracked
-    return network.eval().requires_grad_(False)
+    is_abn = gamma == "inplace_abn" or (gamma == "by_name" and "torch04" in path.name)
 
+    def build(tensors: Tensors) -> HRNet:
+        tensors = _official(tensors)
+        if is_abn:
+            for key in (key for key, tensor in tensors.items() if key.endswith(".weight") and tensor.ndim == 1):
+                tensors[key] = tensors[key].abs() + _INPLACE_ABN_EPS
+        with torch.device("meta"):
+            network = HRNet(_read_size(tensors), align_corners=align_corners)
+        fill(network, tensors)
+        return network
 
-def _read(path: Path) -> Tensors:
-    """The tensors of a file, whatever wraps them. weights_only: a pickle may otherwise run any code."""
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        advice = "download it again, or convert it to .safetensors if it is old"
-        raise ValueError(f"{path}: cannot be read as tensors: {str(error).splitlines()[0]}; {advice}") from error
-    content = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"{path}: holds {type(content).__name__}, expected a state dict of tensors; name another file")
-    return {str(key): value.float() for key, value in content.items()}
+    return load(path, build)
 
 
 def _official(tensors: Tensors) -> Tensors:
     """The same tensors under the keys of the plain official network; an unknown key stays as it is, to be refused."""
-    # FullModel, saved from inside DataParallel or not
-    tensors = {key.removeprefix("module.").removeprefix("model."): tensor for key, tensor in tensors.items()}
-    # torch04 files have no num_batches_tracked, and evaluation does not read it
-    tensors = {k: v for k, v in tensors.items() if not k.startswith("loss.") and not k.endswith(".num_batches_tracked")}
+    tensors = {key.removeprefix("model."): tensor for key, tensor in tensors.items()}  # of FullModel
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("loss.")}
     if any(key.startswith("aux_head.") for key in tensors):
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(_OCR_ONLY)}
         return {_renamed(key, _OCR_RENAMED): tensor for key, tensor in tensors.items()}
@@ -91,35 +76,15 @@ def _renamed(key: str, prefixes: Mapping[str, str]) -> str:
     return key
 
 
-def _read_size(tensors: Tensors, path: Path) -> HRNetSize:
-    def num_outputs(key: str) -> int:
-        if key not in tensors or tensors[key].ndim != 4:
-            raise ValueError(f"{path}: key {key} is missing or no convolution, so this is no HRNetV2; name another file")
-        return tensors[key].shape[0]
-
-    def count(prefix: str) -> int:
-        # at least 1: where a part is missing altogether, its keys are to be missed
-        return max(1, len({key.removeprefix(prefix).split(".")[0] for key in tensors if key.startswith(prefix)}))
-
+def _read_size(tensors: Tensors) -> HRNetSize:
     return HRNetSize(
-        stem_width=num_outputs("conv1.weight"),
-        bottleneck_width=num_outputs("layer1.0.conv1.weight"),
-        num_bottlenecks=count("layer1."),
-        widths=tuple(num_outputs(f"stage4.0.branches.{branch}.0.conv1.weight") for branch in range(4)),
-        num_modules=tuple(count(f"stage{stage}.") for stage in (2, 3, 4)),
-        num_blocks=tuple(tuple(count(f"stage{stage}.0.branches.{branch}.") for branch in range(stage)) for stage in (2, 3, 4)),
-        num_classes=num_outputs("last_layer.3.weight"),
+        stem_width=axis_size(tensors, "conv1.weight"),
+        bottleneck_width=axis_size(tensors, "layer1.0.conv1.weight"),
+        num_bottlenecks=count(tensors, "layer1."),
+        widths=tuple(axis_size(tensors, f"stage4.0.branches.{branch}.0.conv1.weight") for branch in range(4)),
+        num_modules=tuple(count(tensors, f"stage{stage}.") for stage in (2, 3, 4)),
+        num_blocks=tuple(
+            tuple(count(tensors, f"stage{stage}.0.branches.{branch}.") for branch in range(stage)) for stage in (2, 3, 4)
+        ),
+        num_classes=axis_size(tensors, "last_layer.3.weight"),
     )
-
-
-def _check(tensors: Tensors, network: HRNet, path: Path) -> None:
-    expected = {k: tuple(v.shape) for k, v in network.state_dict().items() if not k.endswith(".num_batches_tracked")}
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    shapes = [
-        f"{key} (found {found[key]}, expected {shape})" for key, shape in expected.items() if found.get(key, shape) != shape
-    ]
-    faults = {"missing": sorted(expected.keys() - found.keys()), "unknown": sorted(found.keys() - expected.keys())}
-    faults["of another shape"] = shapes
-    texts = [f"{len(keys)} {fault}: {', '.join(keys[:3])}{', ...' * (len(keys) > 3)}" for fault, keys in faults.items() if keys]
-    if texts:
-        raise ValueError(f"{path}: is not the HRNetV2 it seems to be: keys {'; '.join(texts)}; name another file")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ipt2v.metrics.torchscript import is_torchscript, read_torchscript
+from ipt2v.models.torchscript import is_torchscript, read_torchscript
 
 Tensors = dict[str, torch.Tensor]
 Network = TypeVar("Network", bound=nn.Module)
