@@ -9,12 +9,32 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Metric = Literal[
+    # the paper's six, but for Arc-Sim as VBench computes them; after Arc-Sim and DD what they are made of
+    "arc_sim",
+    "face_rate",
+    "oc",
+    "aq",
+    "iq",
+    "ms",
+    "dd",
+    "motion_pixels",
+    # the challenge's four; face_distance is what it calls FID
+    "face_arc",
+    "face_cur",
+    "face_distance",
+    "clip_score",
+    # ours
+    "first_frame_arc_sim",
+    "drift",
+    "motion_amplitude",
+]
 
 
 OffloadingT = TypeVar("OffloadingT", "DecoupleConfig", "TextEncoderConfig", "VideoConfig")
@@ -209,8 +229,43 @@ class RehearsalConfig(Settings):
     spread: float = Field(1.0, ge=1)  # up to so many times as long, depending on its key
 
 
+class ScoreModelsConfig(Settings):
+    """Folders of weights that scores need; only those of the metrics that are asked for have to be there."""
+
+    faces: str = "buffalo_l"  # what the challenge scores with; antelopev2, which paints, would flatter itself
+    curricular: str = "CurricularFace"
+    inception: str = "Inception-v3"
+    viclip: str = "ViCLIP"
+    clip_l: str = "CLIP-ViT-L-14"
+    clip_b: str = "CLIP-ViT-B-32"
+    aesthetic: str = "LAION-aesthetic"
+    musiq: str = "MUSIQ-SPAQ"
+    amt: str = "AMT-S"
+    raft: str = "RAFT-things"
+
+
+class ScoreConfig(Settings):
+    """What a third array measures of the delivered videos; no pixels, so a run may be scored anew in another way."""
+
+    metrics: tuple[Metric, ...] = ()  # none: no third array
+    models: ScoreModelsConfig = ScoreModelsConfig()
+    batch_size: int = Field(8, ge=1)  # frames, or pairs of frames, on the device at once
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _all(cls, metrics: object) -> object:
+        return get_args(Metric) if metrics == "all" else metrics
+
+    @field_validator("metrics")
+    @classmethod
+    def _each_once(cls, metrics: tuple[Metric, ...]) -> tuple[Metric, ...]:
+        if len(set(metrics)) < len(metrics):
+            raise ValueError(f"found a metric twice in {', '.join(metrics)}; name each once")
+        return metrics
+
+
 class RunConfig(Settings):
-    """Everything that may change a pixel of a run."""
+    """Everything that may change a pixel of a run, and what is measured of it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     seed: int = 2025
@@ -223,6 +278,7 @@ class RunConfig(Settings):
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     video: VideoConfig = VideoConfig()
     rehearsal: RehearsalConfig = RehearsalConfig()
+    score: ScoreConfig = ScoreConfig()
 
     @model_validator(mode="after")
     def _no_float16_by_zero3(self) -> Self:
@@ -286,9 +342,9 @@ def dump_settings(settings: Settings) -> str:
 def run_digest(config: RunConfig, *, manifest_digest: str, weights: dict[str, str]) -> str:
     """64 hex digits over what may change a pixel: settings, the test set's content, the weights' content.
 
-    The run's name and the test set's place are left out: renaming or moving makes no other video.
+    The run's name, the test set's place and the scores are left out: renaming, moving or measuring makes no other video.
     """
-    pixels = config.model_dump(exclude={"name": True, "testset": True})
+    pixels = config.model_dump(exclude={"name": True, "testset": True, "score": True})
     text = json.dumps({"config": pixels, "manifest": manifest_digest, "weights": weights}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

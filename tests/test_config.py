@@ -97,6 +97,7 @@ CHOICES = {
     "decouple.weights_sharding": "tensor",
     "text_encoder.weights_sharding": "none",
     "cpu_offload": True,
+    "metrics": ["dd", "oc"],
 }
 # zero3: without it, cpu_offload has no other legal value
 SMALL = parse_settings(
@@ -106,7 +107,7 @@ SMALL = parse_settings(
     where="test",
 )
 LEAVES = [path for path, _ in leaves(RunConfig)]
-PIXELS = [path for path in LEAVES if path[0] not in ("name", "testset")]
+PIXELS = [path for path in LEAVES if path[0] not in ("name", "testset", "score")]
 
 
 # --- files and overrides ------------------------------------------------------------------------------------------------
