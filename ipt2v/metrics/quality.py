@@ -44,9 +44,9 @@ def imaging_quality(
     It is a hundredth of what VBench writes for one video, and what it writes for all of them. Undefined: no frames, a quality
     that is not finite. Raises ValueError for other input.
     """
-    _check(frames_THWC, batch_size)
+    check_frames(frames_THWC, batch_size)
     batches = (_pixels(frames_BHWC, device) for frames_BHWC in _batches(frames_THWC, batch_size))
-    return _mean(score_images(fitted(pixels_BCHW) / 255) / 100 for pixels_BCHW in batches)
+    return mean_score(score_images(fitted(pixels_BCHW) / 255) / 100 for pixels_BCHW in batches)
 
 
 @torch.inference_mode()
@@ -63,13 +63,13 @@ def aesthetic_quality(
 
     `size` is S. Undefined: no frames, a beauty that is not finite. Raises ValueError for other input.
     """
-    _check(frames_THWC, batch_size)
+    check_frames(frames_THWC, batch_size)
 
     def scores(frames_BHWC: torch.Tensor) -> torch.Tensor:
         features_BD = embed_images(clip_pixels(_pixels(frames_BHWC, device), as_uint8=False, size=size))
         return head(F.normalize(features_BD.float(), dim=1)) / 10
 
-    return _mean(scores(frames_BHWC) for frames_BHWC in _batches(frames_THWC, batch_size))
+    return mean_score(scores(frames_BHWC) for frames_BHWC in _batches(frames_THWC, batch_size))
 
 
 @torch.inference_mode()
@@ -86,12 +86,12 @@ def overall_consistency(
     `text_1D` is what the same ViCLIP makes of clip_tokens.token_ids(prompt, context=32): VBench sees about 25 words of it.
     `size` is S. Undefined: no frames, a cosine that is not finite. Raises ValueError for other input.
     """
-    _check(frames_THWC, 1)
+    check_frames(frames_THWC, 1)
     if not len(frames_THWC):
         return Undefined(reason="no frames")
     chosen_BCHW = _pixels(frames_THWC[middle_frames(len(frames_THWC))], device)
     video_1D = embed_video(clip_pixels(chosen_BCHW, as_uint8=True, size=size)[None]).float()
-    return _mean([F.normalize(video_1D, dim=1) @ F.normalize(text_1D.to(device).float(), dim=1).T])
+    return mean_score([F.normalize(video_1D, dim=1) @ F.normalize(text_1D.to(device).float(), dim=1).T])
 
 
 def middle_frames(num_frames: int, count: int = OC_FRAMES) -> list[int]:
@@ -127,12 +127,17 @@ def clip_pixels(pixels_BCHW: torch.Tensor, *, as_uint8: bool, size: int = CLIP_S
     if as_uint8:
         resized = resized.clamp(0, 255).round()
     top, left = (round((side - size) / 2) for side in resized_size)  # halves go to the even number
-    cut = resized[:, :, top : top + size, left : left + size] / 255
-    mean, std = (torch.tensor(rgb, device=cut.device).view(3, 1, 1) for rgb in (_CLIP_MEAN, _CLIP_STD))
-    return (cut - mean) / std
+    return normalised_for_clip(resized[:, :, top : top + size, left : left + size] / 255)
 
 
-def _check(frames_THWC: torch.Tensor, batch_size: int) -> None:
+def normalised_for_clip(pixels_BCHW: torch.Tensor) -> torch.Tensor:
+    """Float 0..1 -> what every CLIP was trained on."""
+    mean, std = (torch.tensor(rgb, device=pixels_BCHW.device).view(3, 1, 1) for rgb in (_CLIP_MEAN, _CLIP_STD))
+    return (pixels_BCHW - mean) / std
+
+
+def check_frames(frames_THWC: torch.Tensor, batch_size: int) -> None:
+    """Raises ValueError unless the frames are uint8 [T,H,W,3] of at least one pixel; T may be 0."""
     if frames_THWC.dtype != torch.uint8 or frames_THWC.ndim != 4 or frames_THWC.shape[3] != 3 or 0 in frames_THWC.shape[1:]:
         raise ValueError(f"frames are {frames_THWC.dtype} {tuple(frames_THWC.shape)}, expected uint8 [T,H,W,3]")
     if batch_size < 1:
@@ -148,8 +153,8 @@ def _pixels(frames_BHWC: torch.Tensor, device: torch.device) -> torch.Tensor:
     return frames_BHWC.to(device).permute(0, 3, 1, 2).float().contiguous()
 
 
-def _mean(batches: Iterable[torch.Tensor]) -> float | Undefined:
-    """Over all frames, each counted once."""
+def mean_score(batches: Iterable[torch.Tensor]) -> float | Undefined:
+    """Over all frames, each counted once. Undefined: no score, or one that is not finite."""
     scores = [score for batch in batches for score in batch.flatten().tolist()]
     if not scores:
         return Undefined(reason="no frames")

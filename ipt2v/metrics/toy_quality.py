@@ -1,4 +1,4 @@
-"""Random weights in the layouts of MUSIQ's, ViCLIP's, CLIP's, the aesthetic head's and CurricularFace's files, and merges.
+"""Random weights in the layouts of the files of the metrics that are no flow or interpolation, and CLIP's merges.
 
 Knows no files and no loader. The same seed gives the same tensors; the global random state stays.
 """
@@ -14,6 +14,7 @@ from torch import nn
 from ipt2v.metrics.aesthetic import AestheticHead
 from ipt2v.metrics.clip import CLIP, ImageSize, TextSize, TransformerSize
 from ipt2v.metrics.curricular import CurricularFace, FaceSize
+from ipt2v.metrics.inception import Inception, InceptionSize, convolutions
 from ipt2v.metrics.musiq import MUSIQ, MUSIQSize
 from ipt2v.metrics.viclip import ViCLIP
 
@@ -28,6 +29,7 @@ TOY_VICLIP_TEXT, TOY_CLIP_TEXT = (
     TextSize(transformer=_TRANSFORMER, context=context, vocabulary=_VOCABULARY, out_width=_OUT_WIDTH) for context in (32, 77)
 )
 TOY_FACE = FaceSize(stem_width=4, widths=(4, 6, 6, 8, 10), out_width=16)
+TOY_INCEPTION = InceptionSize(widths={name: 3 + index % 4 for index, name in enumerate(convolutions())}, num_classes=7)
 _TOY_FRAMES = 8
 
 
@@ -68,6 +70,14 @@ def toy_curricular(seed: int) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         network = CurricularFace(TOY_FACE)
     return _drawn(network, seed)
+
+
+def toy_inception(seed: int) -> dict[str, torch.Tensor]:
+    """What inception_v3_google-0cc3c7bd.pth holds, of a tiny network whose features differ from face to face."""
+    with torch.device("meta"):
+        network = Inception(TOY_INCEPTION)
+    gain = 1.7  # half of a signal is below 0 and lost; sqrt(2) makes up for it in wide layers, but not in these
+    return {key: gain * value if key.endswith("conv.weight") else value for key, value in _drawn(network, seed).items()}
 
 
 def toy_merges() -> bytes:
