@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ipt2v.config import RunConfig, TestsetConfig, load_settings
-from ipt2v.models.catalogue import Problem, files_to_check, find_problems, folders, is_toy, loads
+from ipt2v.config import Metric, RunConfig, TestsetConfig, load_settings
+from ipt2v.models.catalogue import Problem, all_folders, files_to_check, find_problems, is_score, is_toy, loads
 from ipt2v.models.published import PublishedFile, published_files
+from ipt2v.models.score_weights import metrics_of
 from ipt2v.models.sources import SOURCES, Source, source_of, where_from
 from ipt2v.models.weight_files import TENSOR_SUFFIXES, readable_size
 
@@ -30,6 +31,7 @@ class Row:
     source: str
     licence: str
     non_commercial: bool
+    metrics: tuple[Metric, ...]  # that need it; () of what a run reads
     files: tuple[PublishedFile, ...]  # that are known of
 
     def size(self) -> str:
@@ -46,15 +48,24 @@ def rows(config: RunConfig | None) -> list[Row]:
         return [_row(source.role, source.folder, published_files(source.folder)) for source in SOURCES]
     return [
         _row(role, folder, tuple(file for file in published_files(folder) if loads(role, file.path, config)))
-        for role, folder in folders(config).items()
+        for role, folder in all_folders(config).items()
     ]
 
 
 def print_rows(listed: Sequence[Row], *, files: bool) -> None:
-    """A block for each folder: what reads it and how large it is, where it comes from, its licence; its files."""
+    """A block for each folder: what reads it and how large it is, where it comes from, its licence; its files.
+
+    Those that scores read come last, below a line of their own.
+    """
+    heading = "\nfor scores; a run needs those of the metrics that its score.metrics names:\n"
     for row in listed:
+        if row.metrics and heading:
+            print(heading)
+            heading = ""
         print(f"{row.folder:<28} {row.size():<14} {', '.join(row.stages)} ({row.role})")
         print(f"  from    {row.source}\n  licence {row.licence}{'  [NON-COMMERCIAL]' if row.non_commercial else ''}")
+        if row.metrics:
+            print(f"  for     {', '.join(row.metrics)}")
         for file in row.files if files else ():
             size = "?" if file.size is None else f"{'~' if file.rounded else ''}{file.size:,}"
             print(f"  {size:>15}  {file.sha256 or 'sha256 not known':<64}  {file.path}")
@@ -80,7 +91,10 @@ def wanted_folders(words: Sequence[str]) -> list[Wanted]:
             wanted.append(Wanted(source=known[word], role=known[word].role, config=config))
         elif Path(word).is_file() or word.endswith((".yaml", ".yml")):
             config = load_settings(RunConfig, Path(word), overrides)
-            wanted += [Wanted(source=source_of(name), role=role, config=config) for role, name in folders(config).items()]
+            readers: dict[str, str] = {}  # a folder is fetched once
+            for role, name in all_folders(config).items():
+                readers.setdefault(name, role)
+            wanted += [Wanted(source=source_of(name), role=role, config=config) for name, role in readers.items()]
         else:
             near = difflib.get_close_matches(word, known, n=1)
             hint = f"nearest folder is {near[0]}" if near else f"known folders: {', '.join(known)}"
@@ -96,8 +110,10 @@ def check(weights_dir: Path, config: RunConfig, *, hashes: bool) -> int:
     for folder in dict.fromkeys(problem.folder for problem in problems):
         print(f"to do: {folder}: {where_from(folder, weights_dir)}", file=sys.stderr)
     if not problems:
-        for role, folder in folders(config).items():
-            print(f"{role:<12} {weights_dir / folder}{'  (toy weights: random)' if is_toy(weights_dir / folder) else ''}")
+        roles = all_folders(config)
+        width = max([12, *map(len, roles)])
+        for role, folder in roles.items():
+            print(f"{role:<{width}} {weights_dir / folder}{'  (toy weights: random)' if is_toy(weights_dir / folder) else ''}")
     return 1 if problems else 0
 
 
@@ -106,8 +122,11 @@ def _hash_all(weights_dir: Path, config: RunConfig) -> list[Problem]:
     from tqdm import tqdm
 
     num_bytes = 0
-    for role, folder in folders(config).items():
-        files = [(path, expected) for path, expected in files_to_check(role, weights_dir / folder, config) if path.is_file()]
+    seen: set[Path] = set()
+    for role, folder in all_folders(config).items():
+        checks = files_to_check(role, weights_dir / folder, config)
+        files = [(path, expected) for path, expected in checks if path.is_file() and path not in seen]
+        seen.update(path for path, _ in files)
         hashed = [path for path, expected in files if expected and (expected.sha256 or expected.git_sha1)]
         num_bytes += sum(path.stat().st_size for path in hashed)
         if len(hashed) < len(files):
@@ -125,9 +144,10 @@ def _row(role: str, folder: str, files: tuple[PublishedFile, ...]) -> Row:
         folder=folder,
         role=role,
         # array 1 embeds the video's prompt with the text encoder that is published with the video model
-        stages=("first_frame", "video") if role == "video" else ("first_frame",),
+        stages=("score",) if is_score(role) else ("first_frame", "video") if role == "video" else ("first_frame",),
         source=source.url,
         licence=source.licence,
         non_commercial=source.non_commercial,
+        metrics=metrics_of(role.rpartition(".")[2]) if is_score(role) else (),
         files=files,
     )

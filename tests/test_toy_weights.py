@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from ipt2v.metrics.toy_weights import write_all_toy_weights, write_toy_scores
 from ipt2v.models.toy import write_toy_weights
 
 pytestmark = pytest.mark.slow
@@ -30,7 +31,7 @@ VACE_FILES = [
     "vae/diffusion_pytorch_model.safetensors",
 ]
 HYPERLORA = "hyper_lora/hyper_lora/sdxl_hyper_id_lora_v1_"
-FILES = {
+RUN_FILES = {
     "antelopev2": ["2d106det.onnx", "TOY.txt", "genderage.onnx", "glintr100.onnx", "scrfd_10g_bnkps.onnx"],
     "HRNetV2-W48": ["TOY.txt", "hrnet_lip_5583_torch04.pth"],
     "HyperLoRA": [
@@ -77,6 +78,22 @@ FILES = {
     "Wan2.1-VACE-14B-diffusers": VACE_FILES,
     "Wan2.1-VACE-1.3B-diffusers": VACE_FILES,
 }
+MERGES = "bpe_simple_vocab_16e6.txt.gz"
+SCORE_FILES = {
+    "buffalo_l": ["2d106det.onnx", "TOY.txt", "det_10g.onnx", "genderage.onnx", "w600k_r50.onnx"],
+    "CurricularFace": ["TOY.txt", "glint360k_curricular_face_r101_backbone.bin"],
+    "Inception-v3": ["TOY.txt", "inception_v3_google-0cc3c7bd.pth"],
+    "ViCLIP": ["TOY.txt", "ViClip-InternVid-10M-FLT.pth", MERGES],
+    "CLIP-ViT-L-14": ["TOY.txt", "ViT-L-14.pt"],
+    "CLIP-ViT-B-32": ["TOY.txt", "ViT-B-32.pt", MERGES],
+    "LAION-aesthetic": ["TOY.txt", "sa_0_4_vit_l_14_linear.pth"],
+    "MUSIQ-SPAQ": ["TOY.txt", "musiq_spaq_ckpt-358bb6af.pth"],
+    "AMT-S": ["TOY.txt", "amt-s.pth"],
+    "RAFT-things": ["TOY.txt", "raft-things.pth"],
+}
+FILES = RUN_FILES | SCORE_FILES
+WEIGHT_SUFFIXES = (".safetensors", ".onnx", ".pth", ".pt", ".bin")
+DETECTORS = ("scrfd_10g_bnkps.onnx", "det_10g.onnx")  # they find their one face by design, not by chance
 VACES = [name for name in FILES if name.startswith("Wan")]
 ANY_TEXT = [
     "a woman walks.",
@@ -122,7 +139,8 @@ def vace(request: pytest.FixtureRequest, toy_weights: Path):
 
 
 def test_importing_the_module_loads_no_heavy_library() -> None:
-    code = "import sys, ipt2v.models.toy; print(sorted({'torch', 'numpy', 'diffusers', 'transformers'} & set(sys.modules)))"
+    heavy = "{'torch', 'numpy', 'diffusers', 'transformers'}"
+    code = f"import sys, ipt2v.metrics.toy_weights; print(sorted({heavy} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
@@ -136,8 +154,8 @@ def test_there_is_nothing_but_these_folders(toy_weights: Path) -> None:
     assert sorted(path.name for path in toy_weights.iterdir()) == sorted(FILES)
 
 
-def test_all_of_it_is_below_12_megabytes(toy_weights: Path) -> None:
-    assert sum(map(len, contents(toy_weights).values())) < 12e6
+def test_all_of_it_is_below_18_megabytes(toy_weights: Path) -> None:
+    assert sum(map(len, contents(toy_weights).values())) < 18e6
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -154,20 +172,32 @@ def test_the_seed_decides_every_byte_and_the_callers_random_state_is_left_alone(
     import torch
 
     before = torch.random.get_rng_state()
-    folders = write_toy_weights(tmp_path / "again", seed=0)
+    folders = write_all_toy_weights(tmp_path / "again", seed=0)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert [folder.name for folder in folders] == list(FILES)
     assert contents(tmp_path / "again") == contents(toy_weights)
 
     # over the older ones, in place
-    write_toy_weights(tmp_path / "again", seed=1)
+    write_all_toy_weights(tmp_path / "again", seed=1)
     for name, files in FILES.items():
-        # the toy detector finds its one face by design, not by chance
-        weights = [file for file in files if file.endswith((".safetensors", ".onnx", ".pth")) and not file.startswith("scrfd")]
+        weights = [file for file in files if file.endswith(WEIGHT_SUFFIXES) and file not in DETECTORS]
         old, new = contents(toy_weights / name), contents(tmp_path / "again" / name)
         assert sorted(new) == sorted(old)
         assert all(new[file] != old[file] for file in weights)
         assert all(new[file] == old[file] for file in files if file not in weights)
+
+
+def test_the_folders_of_scores_are_the_same_without_those_of_runs(toy_weights: Path, tmp_path: Path) -> None:
+    write_toy_scores(tmp_path, seed=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(SCORE_FILES)
+    assert all(contents(tmp_path / name) == contents(toy_weights / name) for name in SCORE_FILES)
+
+
+def test_nothing_is_written_if_one_folder_of_scores_is_somebodys_own(tmp_path: Path) -> None:
+    (tmp_path / "RAFT-things").mkdir()
+    with pytest.raises(FileExistsError, match="RAFT-things: exists and is not a toy"):
+        write_all_toy_weights(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["RAFT-things"]
 
 
 def test_a_folder_without_the_mark_is_refused_before_anything_is_written(tmp_path: Path) -> None:

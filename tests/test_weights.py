@@ -25,6 +25,7 @@ from ipt2v.models.download import unpack
 from ipt2v.models.faces import PACK_FILES
 from ipt2v.models.fetch import Wanted, fetch
 from ipt2v.models.published import published_files
+from ipt2v.models.score_weights import SCORE_FILES
 from ipt2v.models.sources import SOURCES, Download, Repository, Source, source_of
 from ipt2v.models.toy import TOY_MARK
 from ipt2v.models.weight_files import RECORD, Expected, problem_of, readable_size
@@ -230,7 +231,7 @@ def pack(hub: FakeHub) -> Source:
         url="github.com/faces",
         licence="for research",
         non_commercial=True,
-        download=Download(url=f"{hub.url}/pack.zip", sha256=hashlib.sha256(archive()).hexdigest()),
+        downloads=(Download(url=f"{hub.url}/pack.zip", sha256=hashlib.sha256(archive()).hexdigest()),),
     )
 
 
@@ -280,15 +281,84 @@ def test_an_archive_that_leads_out_of_its_folder_is_refused(tmp_path: Path, name
 
 def test_a_file_without_a_known_hash_is_recorded_as_found(fetched: Fetch, hub: FakeHub, weights: Path, tmp_path: Path) -> None:
     hub.plain["/release/hrnet_lip_5583_torch04.pth"] = b"a network"
-    source = Source(
-        folder="Cutter", role="cutout", url="here", licence="MIT", download=Download(url=f"{hub.url}/release/{{file}}")
-    )
+    release = Download(url=f"{hub.url}/release/{{file}}")
+    source = Source(folder="Cutter", role="cutout", url="here", licence="MIT", downloads=(release,))
     fetched(source)
     mine = demo_config(tmp_path, "cutout.model=Cutter")
     assert problems(weights, mine, hashes=True) == []
     flip_last_byte(weights / "Cutter" / "hrnet_lip_5583_torch04.pth")
     [line] = problems(weights, mine, hashes=True)
     assert f"expected {hashlib.sha256(b'a network').hexdigest()[:16]}" in line
+
+
+def test_an_archive_of_buffalo_l_is_a_face_pack_as_well(fetched: Fetch, hub: FakeHub, weights: Path, tmp_path: Path) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as content:
+        for names in PACK_FILES.values():
+            content.writestr(names[-1], names[-1])
+    hub.plain["/buffalo.zip"] = out.getvalue()
+    release = Download(url=f"{hub.url}/buffalo.zip")
+    fetched(Source(folder="Buffalo", role="score.models.faces", url="x", licence="x", downloads=(release,)))
+    assert set(files_in(weights / "Buffalo")) == {names[-1] for names in PACK_FILES.values()} | {RECORD}
+    assert problems(weights, demo_config(tmp_path, "score.metrics=[arc_sim]", "score.models.faces=Buffalo"), hashes=True) == []
+
+
+def test_a_folder_of_a_repository_and_a_url_has_the_needed_files_of_both(
+    fetched: Fetch, hub: FakeHub, weights: Path, tmp_path: Path
+) -> None:
+    network, merges = SCORE_FILES["viclip"]
+    hub.repositories["acme/used"] = {network: b"a network", "another.pth": b"another"}
+    hub.plain[f"/raw/{merges}"] = b"merges"
+    source = Source(
+        folder="Video",
+        role="score.models.viclip",
+        url="x",
+        licence="MIT",
+        repositories=(Repository(name="acme/used"),),
+        downloads=(Download(url=f"{hub.url}/raw/{merges}"),),
+    )
+    fetched(source)
+    assert files_in(weights / "Video").keys() == {network, merges, RECORD}
+    mine = demo_config(tmp_path, "score.metrics=[oc]", "score.models.viclip=Video")
+    assert problems(weights, mine, hashes=True) == []
+    (weights / "Video" / merges).unlink()
+    assert problems(weights, mine) == [f"score.models.viclip: weights file {weights / 'Video' / merges} is missing"]
+    fetched(source)
+    assert [path for method, path, _ in hub.log if method == "GET" and not path.startswith("/api")] == [f"/raw/{merges}"]
+
+
+def test_of_several_urls_those_whose_files_are_there_are_not_fetched(fetched: Fetch, hub: FakeHub, weights: Path) -> None:
+    network, merges = SCORE_FILES["clip_b"]
+    hub.plain |= {f"/{network}": b"a network", f"/{merges}": b"merges"}
+    source = Source(
+        folder="Text",
+        role="score.models.clip_b",
+        url="x",
+        licence="MIT",
+        downloads=(Download(url=f"{hub.url}/{network}"), Download(url=f"{hub.url}/{merges}")),
+    )
+    fetched(source)
+    (weights / "Text" / network).unlink()
+    fetched(source)
+    assert [path for method, path, _ in hub.log if method == "GET"] == [f"/{network}"]
+
+
+def test_a_file_is_compared_with_its_published_hash_or_how_that_begins(fetched: Fetch, hub: FakeHub, weights: Path) -> None:
+    [head], [network] = SCORE_FILES["aesthetic"], SCORE_FILES["inception"]
+    hub.plain |= {f"/{head}": b"?" * 4071, f"/{network}": b"a network"}
+    begins = hashlib.sha256(b"a network").hexdigest()[:8]
+    for folder, name, sha256, expected in (
+        ("LAION-aesthetic", head, None, "2cd4e60f4f24ae3b"),
+        ("Mine", network, "0cc3c7bd", "0cc3c7bd;"),
+    ):
+        role = "score.models.aesthetic" if name == head else "score.models.inception"
+        release = Download(url=f"{hub.url}/{name}", sha256=sha256)
+        with pytest.raises(OSError, match=f"has sha256 .* expected {expected}.* what came was deleted"):
+            fetched(Source(folder=folder, role=role, url="x", licence="x", downloads=(release,)))
+        assert files_in(weights / folder) == {}
+    release = Download(url=f"{hub.url}/{network}", sha256=begins)
+    fetched(Source(folder="Mine", role="score.models.inception", url="x", licence="x", downloads=(release,)))
+    assert files_in(weights / "Mine").keys() == {network, RECORD}
 
 
 # --- fetch, refused: one line, and nothing is written -------------------------------------------------------------------
@@ -308,7 +378,7 @@ def test_without_network_there_is_one_clear_line(config: RunConfig, tmp_path: Pa
     line = refusal(config, tmp_path / "new", TINY, NOBODY)
     assert line.startswith("weights fetch: 127.0.0.1:9 cannot be reached (")
     assert line.endswith("; run it on a login node with network, or copy the folder and run `ipt2v weights check`")
-    url = Source(folder="P", role="faces", url="x", licence="x", download=Download(url=f"{NOBODY}/x.zip"))
+    url = Source(folder="P", role="faces", url="x", licence="x", downloads=(Download(url=f"{NOBODY}/x.zip"),))
     assert refusal(config, tmp_path / "new", url, "").startswith("weights fetch: 127.0.0.1:9 cannot be reached (")
 
 
@@ -371,6 +441,13 @@ def test_a_settings_file_stands_for_all_that_its_run_loads() -> None:
         ("first_frame", "RealVisXL_V4.0"),
         ("video", "Wan2.1-VACE-1.3B-diffusers"),
     }
+
+
+def test_what_the_scores_of_a_settings_file_load_is_fetched_too_and_a_folder_once() -> None:
+    wanted = wanted_folders([CONFIG, "score.metrics=[face_cur, dd]", "score.models.faces=antelopev2"])
+    folders_of_scores = {one.source.folder: one.role for one in wanted if one.role.startswith("score")}
+    assert folders_of_scores == {"CurricularFace": "score.models.curricular", "RAFT-things": "score.models.raft"}
+    assert [one.role for one in wanted if one.source.folder == "antelopev2"] == ["faces"]
 
 
 # --- which files a run loads --------------------------------------------------------------------------------------------
@@ -518,11 +595,24 @@ def test_weights_are_checked_by_hand_as_before_a_run(weights: Path) -> None:
 
 
 def test_weights_are_listed_with_reader_source_and_licence() -> None:
-    blocks = {block.split()[0]: block for block in ipt2v("list").stdout.replace("\n  ", " ").splitlines()}
+    lines = ipt2v("list").stdout.replace("\n  ", " ").splitlines()
+    blocks = {line.split()[0]: line for line in lines if line and not line.startswith("for scores")}
     assert set(blocks) == {source.folder for source in SOURCES}
     assert "first_frame (decouple)" in blocks["Qwen3-8B"] and "16.4 GB" in blocks["Qwen3-8B"]
     assert "huggingface.co/Qwen/Qwen3-8B" in blocks["Qwen3-8B"] and "Apache-2.0" in blocks["Qwen3-8B"]
-    assert {name for name, block in blocks.items() if "[NON-COMMERCIAL]" in block} == {"antelopev2", "HyperLoRA"}
+    assert {name for name, block in blocks.items() if "[NON-COMMERCIAL]" in block} == {
+        *("antelopev2", "HyperLoRA"),
+        *("buffalo_l", "CurricularFace", "MUSIQ-SPAQ", "AMT-S"),
+    }
+
+
+def test_the_folders_of_scores_are_listed_below_a_line_of_their_own() -> None:
+    lines = ipt2v("list").stdout.splitlines()
+    [heading] = [index for index, line in enumerate(lines) if line.startswith("for scores")]
+    starts = [(index, line) for index, line in enumerate(lines) if index != heading and line and not line.startswith(" ")]
+    assert all((index > heading) == ("score (score.models." in line) for index, line in starts)
+    assert "  for     dd, motion_pixels" in lines[heading:]
+    assert max(map(len, lines)) <= 120
 
 
 def test_the_list_of_a_run_has_what_it_reads_alone() -> None:
@@ -530,6 +620,17 @@ def test_the_list_of_a_run_has_what_it_reads_alone() -> None:
     rows = {row["folder"]: row for row in json.loads(answer.stdout)}
     assert set(rows) == {"antelopev2", "Qwen3-8B", "HRNetV2-W48", "RealVisXL_V4.0", "Mine"}
     assert rows["Mine"]["licence"] == "not known" and rows["Mine"]["stages"] == ["first_frame", "video"]
+
+
+def test_the_list_of_a_run_has_what_its_metrics_need() -> None:
+    answer = ipt2v("list", CONFIG, "score.metrics=[aq, ms]", "score.models.amt=Mine", "--json")
+    rows = {row["folder"]: row for row in json.loads(answer.stdout) if row["stages"] == ["score"]}
+    assert {name: row["metrics"] for name, row in rows.items()} == {
+        "CLIP-ViT-L-14": ["aq"],
+        "LAION-aesthetic": ["aq"],
+        "Mine": ["ms"],
+    }
+    assert [file["path"] for file in rows["CLIP-ViT-L-14"]["files"]] == ["ViT-L-14.pt"]
 
 
 def test_files_are_listed_with_what_is_known_of_them() -> None:

@@ -1,4 +1,7 @@
-"""Which folders of published weights a run reads, what is in them, whether it is whole. Opens no tensor, imports no torch."""
+"""Which folders of published weights a run and its scores read, what is in them, whether it is whole. Opens no tensor.
+
+Imports no torch. Roles are named by the key that names their folder: `faces` for faces.model, and score.models.faces as it is.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from typing import Any
 from ipt2v.config import RunConfig
 from ipt2v.models.faces import PACK_FILES, pack_folder
 from ipt2v.models.hyperlora.layout import hyperlora_files
+from ipt2v.models.published import published_files
+from ipt2v.models.score_weights import SCORE_FILES, folder_of, roles_of
 from ipt2v.models.sources import where_from
 from ipt2v.models.toy import TOY_MARK
 from ipt2v.models.weight_files import Expected, Tick, expected_files, problem_of, read_record
@@ -38,11 +43,13 @@ _NEEDS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]] = {
     ),
 }
 _TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")  # settings and tokenizers
+_SCORE = "score.models."  # a score's role begins so where it stands beside the run's
+_FACE_PACKS = ("faces", f"{_SCORE}faces")
 _EMBEDDERS = ("text_encoder", "tokenizer")  # of the video model: array 1 embeds the prompts, array 2 finds that in its records
 
 
 def folders(config: RunConfig) -> dict[str, str]:
-    """role -> name of the weights folder that it reads, of the roles that the run has; a rehearsal has none."""
+    """role -> name of the weights folder that it reads, of what the run's pixels depend on; a rehearsal has none."""
     if config.rehearsal.enabled:
         return {}
     paints = config.starts_from_first_frame
@@ -57,13 +64,34 @@ def folders(config: RunConfig) -> dict[str, str]:
     return {role: folder for role, folder, is_needed in rows if is_needed}
 
 
+def score_folders(config: RunConfig) -> dict[str, str]:
+    """Field of score.models -> name of the weights folder, of those that the run's metrics need; a rehearsal has none."""
+    if config.rehearsal.enabled:
+        return {}
+    return {role: folder_of(role, config.score) for role in roles_of(config.score.metrics)}
+
+
+def all_folders(config: RunConfig) -> dict[str, str]:
+    """role -> name of the weights folder that it reads, of the run and its scores; two may read the same."""
+    return folders(config) | {f"{_SCORE}{role}": folder for role, folder in score_folders(config).items()}
+
+
+def is_score(role: str) -> bool:
+    return role.startswith(_SCORE)
+
+
+def setting_of(role: str) -> str:
+    """The key of the settings that names the role's folder."""
+    return role if is_score(role) else f"{role}.model"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """What is wrong with a file of a folder of weights."""
 
     folder: str
     is_missing: bool  # rather than damaged
-    text: str  # names role and file
+    text: str  # names roles and file
 
 
 def check_weights(weights_dir: Path, config: RunConfig) -> None:
@@ -79,18 +107,23 @@ def check_weights(weights_dir: Path, config: RunConfig) -> None:
 
 
 def find_problems(weights_dir: Path, config: RunConfig, tick: Tick | None = None) -> list[Problem]:
-    """All that is wrong with the files that the run loads; what is recorded of their hashes too if there is a `tick`."""
-    problems = []
-    for role, folder in folders(config).items():
+    """All that is wrong with the files that the run and its scores load; their recorded hashes too if there is a `tick`."""
+    problems: list[Problem] = []
+    readers: dict[Path, list[str]] = {}  # of each file; it is looked at once
+    checks: list[tuple[str, Path, Expected | None]] = []
+    for role, folder in all_folders(config).items():
         try:
             files = files_to_check(role, weights_dir / folder, config)
         except ValueError as error:  # a list of the folder's files is damaged, so they cannot be told
-            problems.append(Problem(folder=folder, is_missing=False, text=f"{role}.model: {error}"))
+            problems.append(Problem(folder=folder, is_missing=False, text=f"{setting_of(role)}: {error}"))
             continue
-        for path, expected in files:
-            if problem := problem_of(path, expected, tick):
-                text = f"{role}.model: weights file {path} {problem}"
-                problems.append(Problem(folder=folder, is_missing=not path.is_file(), text=text))
+        checks += [(folder, path, expected) for path, expected in files if path not in readers]
+        for path, _ in files:
+            readers.setdefault(path, []).append(setting_of(role))
+    for folder, path, expected in checks:
+        if problem := problem_of(path, expected, tick):
+            text = f"{', '.join(readers[path])}: weights file {path} {problem}"
+            problems.append(Problem(folder=folder, is_missing=not path.is_file(), text=text))
     return problems
 
 
@@ -100,9 +133,14 @@ def files_to_check(role: str, folder: Path, config: RunConfig) -> list[tuple[Pat
     if is_toy(folder):
         return [(path, None) for path in needed]
     expected = expected_files(folder)
-    top = pack_folder(folder) if role == "faces" else folder
+    top = top_folder(role, folder)
     fetched = [top / name for name in read_record(folder).files if loads(role, name, config)]
     return [(path, expected.get(path.relative_to(top).as_posix(), Expected())) for path in dict.fromkeys([*needed, *fetched])]
+
+
+def top_folder(role: str, folder: Path) -> Path:
+    """Where the files of a role's folder are: those of a face pack may be in a folder inside."""
+    return pack_folder(folder) if role in _FACE_PACKS else folder
 
 
 def is_toy(folder: Path) -> bool:
@@ -110,17 +148,27 @@ def is_toy(folder: Path) -> bool:
 
 
 def fingerprints(weights_dir: Path, config: RunConfig) -> dict[str, str]:
-    """Folder name -> fingerprint, for every folder that the run reads."""
+    """Folder name -> fingerprint, for every folder that the run's pixels depend on."""
     return {
         folder: fingerprint(needed_files(role, weights_dir / folder, config), weights_dir / folder)
         for role, folder in sorted(folders(config).items())
     }
 
 
+def score_fingerprints(weights_dir: Path, config: RunConfig) -> dict[str, str]:
+    """Folder name -> fingerprint, for every folder that the run's scores read."""
+    files: dict[str, set[Path]] = {}
+    for role, folder in score_folders(config).items():
+        files.setdefault(folder, set()).update(needed_files(f"{_SCORE}{role}", weights_dir / folder, config))
+    return {folder: fingerprint(list(paths), weights_dir / folder) for folder, paths in sorted(files.items())}
+
+
 def needed_files(role: str, folder: Path, config: RunConfig) -> list[Path]:
     """Every file that `role` loads from `folder`, shards of tensors included; some may not exist."""
-    if role == "faces":
+    if role in _FACE_PACKS:
         return face_files(folder)
+    if is_score(role):
+        return [folder / name for name in SCORE_FILES[role.removeprefix(_SCORE)]]
     if role == "cutout":
         return [folder / config.cutout.file]
     if role == "hyperlora":
@@ -146,7 +194,7 @@ def stage_files(stage: str, weights_dir: Path, config: RunConfig) -> list[str]:
     if a file is not below `weights_dir` or an index of tensors is damaged, OSError if a folder is missing.
     """
     names: dict[str, None] = {}
-    for role, name in folders(config).items():
+    for role, name in all_folders(config).items():
         folder = weights_dir / name
         needed = [path for path in needed_files(role, folder, config) if _is_loaded_in(stage, role, path.relative_to(folder))]
         beside = [path for parent in dict.fromkeys(path.parent for path in needed) for path in sorted(parent.iterdir())]
@@ -156,13 +204,15 @@ def stage_files(stage: str, weights_dir: Path, config: RunConfig) -> list[str]:
         for path in (*needed, *found):
             below = path.relative_to(weights_dir)
             if ".." in below.parts:
-                raise ValueError(f"{role}.model: weights file {path} is not below {weights_dir}")
+                raise ValueError(f"{setting_of(role)}: weights file {path} is not below {weights_dir}")
             names[below.as_posix()] = None
     return list(names)
 
 
 def _is_loaded_in(stage: str, role: str, path: Path) -> bool:
     """Whether it is this stage that loads a file of a role's folder."""
+    if stage == "score" or is_score(role):
+        return stage == "score" and is_score(role)
     return (stage == "first_frame") == (role != "video" or path.parts[0] in _EMBEDDERS)
 
 
@@ -173,8 +223,10 @@ def _may_be_loaded(role: str, path: str, config: RunConfig) -> bool:
 def loads(role: str, path: str, config: RunConfig) -> bool:
     """Whether `role` loads the file of this path below its folder; repositories hold several forms of the same tensors."""
     name, folder = PurePosixPath(path).name, str(PurePosixPath(path).parent)
-    if role == "faces":
+    if role in _FACE_PACKS:
         return folder == "." and name.endswith(".onnx")
+    if is_score(role):
+        return path in SCORE_FILES[role.removeprefix(_SCORE)]
     if role == "cutout":
         return path == config.cutout.file
     if role == "hyperlora":
@@ -223,5 +275,9 @@ def fingerprint(files: list[Path], folder: Path) -> str:
 def face_files(pack: Path) -> list[Path]:
     """The four ONNX files of a face pack: those that load_face_analysis takes, or the names of those that are missing."""
     folder = pack_folder(pack)
-    found = ([folder / name for name in names if (folder / name).is_file()] for names in PACK_FILES.values())
-    return [present[0] if present else folder / names[0] for present, names in zip(found, PACK_FILES.values(), strict=True)]
+    published = {file.path for file in published_files(pack.name)}
+    found = []
+    for names in PACK_FILES.values():
+        present = next((name for name in names if (folder / name).is_file()), "")
+        found.append(folder / (present or next((name for name in names if name in published), names[0])))
+    return found

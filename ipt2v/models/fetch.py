@@ -17,12 +17,21 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ipt2v.config import RunConfig
-from ipt2v.models.catalogue import files_to_check, is_toy, loads
+from ipt2v.models.catalogue import files_to_check, is_toy, loads, setting_of, top_folder
 from ipt2v.models.download import host_of, one_line, resume, size_at, unpack, unreachable
-from ipt2v.models.faces import pack_folder
-from ipt2v.models.sources import Repository, Source
+from ipt2v.models.published import published_files
+from ipt2v.models.sources import Download, Repository, Source
 from ipt2v.models.toy import TOY_MARK
-from ipt2v.models.weight_files import Expected, Record, hash_of, problem_of, read_record, readable_size, write_record
+from ipt2v.models.weight_files import (
+    Expected,
+    Record,
+    expected_files,
+    hash_of,
+    problem_of,
+    read_record,
+    readable_size,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
@@ -60,15 +69,41 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlainFile:
+    """A file or an archive as its server states it."""
+
+    url: str
+    size: int | None
+    sha256: str  # or how it begins; "" if none is published
+
+    @property
+    def name(self) -> str:
+        return _name_in(self.url)
+
+    @property
+    def is_archive(self) -> bool:
+        return self.name.endswith(".zip")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What there is to do for a folder: batches of a hub's files, or a URL."""
+    """What there is to do for a folder: batches of a hub's files, and files at plain URLs."""
 
     wanted: Wanted
     folder: Path
-    num_bytes: int  # to be fetched, as far as it is known
-    batches: tuple[Batch, ...] = ()
-    url: str = ""
-    url_bytes: int | None = None
+    missing_bytes: int  # of the batches
+    batches: tuple[Batch, ...]
+    plain_files: tuple[PlainFile, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """To be fetched, as far as it is known."""
+        return self.missing_bytes + sum(file.size or 0 for file in self.plain_files)
+
+    @property
+    def room_bytes(self) -> int:
+        """An archive and its files are there at the same time."""
+        return self.num_bytes + sum(file.size or 0 for file in self.plain_files if file.is_archive)
 
 
 def fetch(wanted: Sequence[Wanted], weights_dir: Path, *, endpoint: str | None = None, tell: Tell = print) -> None:
@@ -89,13 +124,12 @@ def fetch(wanted: Sequence[Wanted], weights_dir: Path, *, endpoint: str | None =
         tell(f"{plan.folder}: {readable_size(plan.num_bytes)} from {source.url}, licence: {source.licence}")
         if source.non_commercial:
             tell(f"  NON-COMMERCIAL: what you make with {source.folder} is bound by its licence")
-    # an archive and its files are there at the same time
-    check_room(weights_dir, sum(plan.num_bytes * (2 if plan.url.endswith(".zip") else 1) for plan in plans))
+    check_room(weights_dir, sum(plan.room_bytes for plan in plans))
     for plan in plans:
         if plan.batches:
             _fetch_batches(plan, endpoint, tell)
-        else:
-            _fetch_url(plan, tell)
+        for plain in plan.plain_files:
+            _fetch_plain(plan, plain, tell)
         for path, expected in files_to_check(plan.wanted.role, plan.folder, plan.wanted.config):
             if problem := problem_of(path, expected):
                 raise OSError(f"weights fetch: {path} {problem}, although all of {plan.wanted.source.url} is fetched")
@@ -126,10 +160,6 @@ def check_room(weights_dir: Path, num_bytes: int) -> None:
 
 
 def _plan(one: Wanted, folder: Path, endpoint: str | None) -> Plan:
-    if one.source.download is not None:
-        url = one.source.download.url.format(file=one.config.cutout.file)
-        size = size_at(url)
-        return Plan(wanted=one, folder=folder, num_bytes=size or 0, url=url, url_bytes=size)
     record = read_record(folder)
     batches = tuple(
         _ask_hub(repository, one, record.sources.get(repository.name), endpoint) for repository in one.source.repositories
@@ -143,7 +173,12 @@ def _plan(one: Wanted, folder: Path, endpoint: str | None) -> Plan:
                 "move it away, or delete it to have the published one"
             )
         missing += 0 if path.is_file() else file.expected.size or 0
-    return Plan(wanted=one, folder=folder, num_bytes=missing, batches=batches)
+    plain_files = tuple(
+        _ask_server(download, url, folder)
+        for download in one.source.downloads
+        if not _is_whole(url := download.url.format(file=one.config.cutout.file), folder)
+    )
+    return Plan(wanted=one, folder=folder, missing_bytes=missing, batches=batches, plain_files=plain_files)
 
 
 # ---------------------------------------------------------------------------------------------------- Hugging Face
@@ -161,7 +196,7 @@ def _ask_hub(repository: Repository, one: Wanted, commit: str | None, endpoint: 
         if ".." not in PurePosixPath(path).parts and loads(one.role, path, one.config):
             files.append(RemoteFile(name=sibling.rfilename, path=path, expected=_as_stated(sibling)))
     if not files or info.sha is None:
-        raise ValueError(f"weights fetch: {repository.name} has no file that {one.role} loads; was it rearranged?")
+        raise ValueError(f"weights fetch: {repository.name} has no file that {setting_of(one.role)} loads; was it rearranged?")
     return Batch(repository=repository, commit=info.sha, files=tuple(files))
 
 
@@ -221,29 +256,40 @@ def _hub_errors(repository: str, endpoint: str | None, kind: type[ValueError | O
 # ---------------------------------------------------------------------------------------------------- plain URLs
 
 
-def _fetch_url(plan: Plan, tell: Tell) -> None:
-    download = plan.wanted.source.download
-    assert download is not None
-    top = pack_folder(plan.folder) if plan.wanted.role == "faces" else plan.folder
-    name = PurePosixPath(urlsplit(plan.url).path).name
-    part = plan.folder / f"{name}.part"
+def _ask_server(download: Download, url: str, folder: Path) -> PlainFile:
+    published = {row.path: row.sha256 for row in published_files(folder.name)}
+    return PlainFile(url=url, size=size_at(url), sha256=download.sha256 or published.get(_name_in(url)) or "")
+
+
+def _is_whole(url: str, folder: Path) -> bool:
+    """Whether the file itself is there already; an archive, which is not kept, never is."""
+    name = _name_in(url)
+    return (folder / name).is_file() and not problem_of(folder / name, expected_files(folder).get(name))
+
+
+def _name_in(url: str) -> str:
+    return PurePosixPath(urlsplit(url).path).name
+
+
+def _fetch_plain(plan: Plan, file: PlainFile, tell: Tell) -> None:
+    top = top_folder(plan.wanted.role, plan.folder)
+    part = plan.folder / f"{file.name}.part"
     part.parent.mkdir(parents=True, exist_ok=True)
-    resume(plan.url, part, plan.url_bytes)
+    resume(file.url, part, file.size)
     found = hash_of(part, "sha256")
-    if download.sha256 not in (None, found):
+    if not found.startswith(file.sha256):
         part.unlink()
-        raise OSError(
-            f"weights fetch: {plan.url} has sha256 {found}, expected {download.sha256}; what came was deleted, try again"
-        )
-    if name.endswith(".zip"):
+        raise OSError(f"weights fetch: {file.url} has sha256 {found}, expected {file.sha256}; what came was deleted, try again")
+    if file.is_archive:
         paths = unpack(part, top)
         part.unlink()
     else:
-        os.replace(part, plan.folder / name)
-        paths = [plan.folder / name]
-        tell(f"{paths[0]}: sha256 {found}, recorded as found: none is published")
+        os.replace(part, plan.folder / file.name)
+        paths = [plan.folder / file.name]
+        if not file.sha256:
+            tell(f"{paths[0]}: sha256 {found}, recorded as found: none is published")
     files: dict[str, Expected | None] = {
         path.name: Expected(size=path.stat().st_size, sha256=hash_of(path, "sha256")) for path in paths
     }
     record = read_record(plan.folder)
-    write_record(plan.folder, Record(sources=record.sources | {plan.url: found}, files=record.files | files))
+    write_record(plan.folder, Record(sources=record.sources | {file.url: found}, files=record.files | files))

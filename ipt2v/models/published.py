@@ -1,7 +1,7 @@
 """Size and sha256 of the published files of weights, as far as they are known; nothing else.
 
-They are those of the publishers' git-lfs pointers, and of the files of insightface's archive, as several public programs and
-pages quote them. Revised texts (config.json, README) come and go with a repository; tensors do not.
+They are those of the publishers' git-lfs pointers, of the files of insightface's archives and of OpenAI's, as public programs
+and pages quote them. Revised texts (config.json, README) come and go with a repository; tensors do not.
 """
 
 from __future__ import annotations
@@ -142,6 +142,41 @@ _TABLE = """
 [Wan2.1-VACE-1.3B-diffusers/vae]
 - - config.json
 507591892 - diffusion_pytorch_model.safetensors
+
+[buffalo_l]
+16923827 5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91 det_10g.onnx
+5030888 f001b856447c413801ef5c42091ed0cd516fcd21f2d6b79635b1e733a7109dbf 2d106det.onnx
+1322532 4fde69b1c810857b88c64a335084f1c3fe8f01246c9a191b48c7bb756d6652fb genderage.onnx
+174383860 4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43 w600k_r50.onnx
+
+[CurricularFace]
+~261000000 - glint360k_curricular_face_r101_backbone.bin
+
+[Inception-v3]
+108949747 - inception_v3_google-0cc3c7bd.pth
+
+[ViCLIP]
+1710545812 7a4d6ad6eac6632db3693f4b97f9f8f6445b65b1e139a6fc6686150522238c56 ViClip-InternVid-10M-FLT.pth
+1356917 924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a bpe_simple_vocab_16e6.txt.gz
+
+[CLIP-ViT-L-14]
+932768134 b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836 ViT-L-14.pt
+
+[CLIP-ViT-B-32]
+353976522 40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af ViT-B-32.pt
+1356917 924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a bpe_simple_vocab_16e6.txt.gz
+
+[LAION-aesthetic]
+4071 2cd4e60f4f24ae3bcd57b847b13c1f3ba27edc28cc1a7f9ce74ee9f421243cba sa_0_4_vit_l_14_linear.pth
+
+[MUSIQ-SPAQ]
+108610983 358bb6af275e28ea56821d44fb55c6cb83645db11f394d3ad65b2d149965ab50 musiq_spaq_ckpt-358bb6af.pth
+
+[AMT-S]
+12038359 07e7e03405c213fe4405678db9b42d05671e48c56faf6a441b99bb0047d3cf77 amt-s.pth
+
+[RAFT-things]
+21108000 fcfa4125d6418f4de95d84aec20a3c5f4e205101715a79f193243c186ac9a7e1 raft-things.pth
 """
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,19 +56,28 @@ _CHAT_TEMPLATE = (
 )
 
 
-def write_toy_weights(root: Path, *, seed: int = 0) -> tuple[Path, ...]:
-    """Folders of tiny, seeded, random checkpoints below `root`, in the published layouts and under the published names.
+Writers = Mapping[str, Callable[[Path], None]]  # name of a folder -> writes its files, at random
 
-    The same seed gives the same bytes; the caller's random state is left alone. An older toy folder is replaced.
-    Raises FileExistsError, before anything is written, if a folder exists that is not marked as a toy.
+
+def write_toy_weights(root: Path, *, seed: int = 0) -> tuple[Path, ...]:
+    """The folders that runs read, of tiny checkpoints in the published layouts and under the published names."""
+    return write_toy_folders(root, WRITERS, seed=seed)
+
+
+def write_toy_folders(root: Path, writers: Writers, *, seed: int) -> tuple[Path, ...]:
+    """Folders of tiny, seeded, random checkpoints below `root`.
+
+    The same seed gives a folder the same bytes, whatever is written beside it; the caller's random state is left alone. An
+    older toy folder is replaced. Raises FileExistsError, before anything is written, if a folder exists that is not marked as
+    a toy.
     """
     root = Path(root)
-    folders = tuple(root / name for name in _WRITERS)
+    folders = tuple(root / name for name in writers)
     for folder in folders:
         _refuse_unmarked(folder)
     root.mkdir(parents=True, exist_ok=True)
     for folder in folders:
-        _replace(folder, seed=seed)
+        _replace(folder, writers[folder.name], seed=seed)
     return folders
 
 
@@ -81,7 +90,7 @@ def _refuse_unmarked(folder: Path) -> None:
     )
 
 
-def _replace(folder: Path, *, seed: int) -> None:
+def _replace(folder: Path, write: Callable[[Path], None], *, seed: int) -> None:
     """Write beside `folder`, then rename: a reader finds all of the old weights or all of the new."""
     import torch
 
@@ -92,7 +101,7 @@ def _replace(folder: Path, *, seed: int) -> None:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             # not torch.manual_seed: that would also reseed the GPUs, which fork_rng(devices=[]) does not restore
             torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            _WRITERS[folder.name](new)
+            write(new)
         (new / TOY_MARK).write_text(_TOY_NOTE.format(name=folder.name), encoding="utf-8")
         for path in new.rglob("*.safetensors"):
             path.chmod((new / TOY_MARK).stat().st_mode)  # safetensors 0.8 writes files that only their owner can read
@@ -500,7 +509,7 @@ def _write_hrnet(folder: Path) -> None:
     torch.save(toy_state_dict(int(torch.randint(2**31, ()))), folder / "hrnet_lip_5583_torch04.pth")
 
 
-_WRITERS: dict[str, Callable[[Path], None]] = {
+WRITERS: Writers = {
     "antelopev2": _write_face_pack,
     "HRNetV2-W48": _write_hrnet,
     "HyperLoRA": _write_hyperlora,

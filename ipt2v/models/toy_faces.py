@@ -1,4 +1,4 @@
-"""A tiny random face model pack, with names and shapes of insightface's antelopev2, that sees one face in every picture.
+"""A tiny random face model pack, with shapes of insightface's antelopev2 and buffalo_l, that sees one face in every picture.
 
 Must not know who loads it. Writing takes the onnx package; loading does not.
 """
@@ -102,14 +102,21 @@ crop_model (float[1,3,SIZE,SIZE] data) => (float[1,NUM_OUTPUTS] fc1)
 """
 
 
-def toy_face_pack(folder: Path, seed: int = 0, *, seen_at: Sequence[int] = (640, 512, 384, 256)) -> None:
-    """Four ONNX files in `folder`; the same seed gives the same bytes.
+def toy_face_pack(
+    folder: Path,
+    seed: int = 0,
+    *,
+    seen_at: Sequence[int] = (640, 512, 384, 256),
+    detector: str = "scrfd_10g_bnkps.onnx",
+    recogniser: str = "glintr100.onnx",
+) -> None:
+    """Four ONNX files in `folder`, two of them under the names given; the same seed gives the same bytes.
 
     A detector input of one of the sides `seen_at`, in pixels, has one face; others have none, so () gives a blind pack.
     """
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_detector(folder / "scrfd_10g_bnkps.onnx", seen_at)
+    _write_detector(folder / detector, seen_at)
     # pixels are 0..255 here: a landmark moves by a few percent of the face with what is in the picture
     weight = random.normal(size=(_NUM_FEATURES, 212)) * 1e-4
     _write_crop_model(folder / "2d106det.onnx", weight, _face_shape(random) - 127.5 * weight.sum(axis=0), size=192)
@@ -117,7 +124,7 @@ def toy_face_pack(folder: Path, seed: int = 0, *, seen_at: Sequence[int] = (640,
     _write_crop_model(folder / "genderage.onnx", weight, (0, 0, 0.35) - 127.5 * weight.sum(axis=0), size=96)
     # pixels are -1..1 here: the angle between two embeddings is about that between the two pictures' features
     weight, bias = random.normal(size=(_NUM_FEATURES, 512)), random.normal(size=512) * 0.01
-    _write_crop_model(folder / "glintr100.onnx", weight, bias, size=112, takes_pixels=False)
+    _write_crop_model(folder / recogniser, weight, bias, size=112, takes_pixels=False)
 
 
 def _face_shape(random: np.random.Generator) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from ipt2v.models.published import published_files
 
 RECORD = "ipt2v_files.json"  # beside the weights: where they were fetched, and what each file is there
-TENSOR_SUFFIXES = (".safetensors", ".onnx", ".pth")
+TENSOR_SUFFIXES = (".safetensors", ".onnx", ".pth", ".pt", ".bin", ".gz")  # .gz: CLIP's merges, as fixed as its tensors
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit, MAX_HEADER_SIZE in its lib.rs
 _CHUNK_BYTES = 1 << 22
 
