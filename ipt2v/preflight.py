@@ -29,7 +29,7 @@ from ipt2v.atomic import write_text
 from ipt2v.config import RunConfig, load_settings
 from ipt2v.models.catalogue import find_problems, stage_files
 from ipt2v.parallel import Group, group_from_environment
-from ipt2v.preflight_report import Host, Rank, Report, dump
+from ipt2v.preflight_report import Host, Rank, Report, dump, host_path, report_path
 from ipt2v.run_dir import STAGES
 from ipt2v.version import COMPUTING_PACKAGES, code_version
 from ipt2v.watch import beat, rest
@@ -56,14 +56,6 @@ class Asked:
     weights_dir: str
     local_weights_dir: str  # as in the cluster file; empty: none
     commands: tuple[str, ...]  # that should be on PATH
-
-
-def host_path(folder: Path, element: int, rank: int) -> Path:
-    return folder / "reports" / f"{element:03d}" / f"{rank:04d}.json"
-
-
-def report_path(folder: Path, element: int) -> Path:
-    return folder / "reports" / f"{element:03d}.json"
 
 
 def run_preflight(asked: Asked) -> None:

@@ -1,4 +1,4 @@
-"""What the ranks of a preflight report, and what is wrong with it. Pure: reads no file, knows neither torch nor a scheduler."""
+"""What the ranks of a preflight report, where, and what is wrong with it. Pure: reads no file, knows no torch, no scheduler."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from pydantic import TypeAdapter
@@ -100,6 +101,15 @@ class Finding:
         where = f"{self.node}: " if self.node else ""
         word = "problem" if self.is_problem else "warning"
         return f"{word}: {where}{self.check}: found {self.found}, expected {self.expected}; {self.todo}"
+
+
+def host_path(folder: Path, element: int, rank: int) -> Path:
+    """Where a rank writes, by itself, what it sees."""
+    return folder / "reports" / f"{element:03d}" / f"{rank:04d}.json"
+
+
+def report_path(folder: Path, element: int) -> Path:
+    return folder / "reports" / f"{element:03d}.json"
 
 
 def dump(report: Report | Host) -> str:

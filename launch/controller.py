@@ -45,7 +45,7 @@ class Found:
 
 def sbatch(script: Path) -> str:
     """Submit a script; the id of its array. Raises Refused, or NoAnswer if the array may be in the queue all the same."""
-    done = _run("sbatch", "--parsable", str(script), seconds=SBATCH_SECONDS)
+    done = call("sbatch", "--parsable", str(script), seconds=SBATCH_SECONDS)
     # the last such line: a site's wrapper may print before it; the part after ; is the cluster's name
     ids = re.findall(r"^(\d+)(?:;\S+)?$", done.stdout, re.MULTILINE)
     if done.returncode == 0 and ids:
@@ -58,7 +58,7 @@ def sbatch(script: Path) -> str:
 
 def scancel(job_ids: Sequence[str]) -> None:
     """Raises NoAnswer."""
-    done = _run("scancel", *job_ids)
+    done = call("scancel", *job_ids)
     if done.returncode:
         raise NoAnswer(f"scancel: {done.stderr.strip()}")
 
@@ -90,7 +90,7 @@ def ended_arrays_named(name: str, since: float) -> list[str]:
     """Ids of arrays of a name that the accounting remembers, submitted after `since` (seconds since 1970); it may have none."""
     start = datetime.fromtimestamp(since).isoformat(timespec="seconds")
     try:
-        done = _run("sacct", "-n", "-X", "-P", "-a", "-o", "JobID", f"--name={name}", "-S", start)
+        done = call("sacct", "-n", "-X", "-P", "-a", "-o", "JobID", f"--name={name}", "-S", start)
     except NoAnswer:
         return []
     ids = {line.partition("_")[0] for line in done.stdout.split()} if done.returncode == 0 else set()
@@ -100,7 +100,7 @@ def ended_arrays_named(name: str, since: float) -> list[str]:
 def max_array_size() -> int:
     """How many elements an array may have here; SLURM's default if SLURM does not say."""
     try:
-        return parse_max_array_size(_run("scontrol", "show", "config").stdout)
+        return parse_max_array_size(call("scontrol", "show", "config").stdout)
     except NoAnswer:
         return DEFAULT_MAX_ARRAY_SIZE
 
@@ -113,13 +113,14 @@ def parse_max_array_size(config: str) -> int:
 
 
 def squeue(*words: str) -> list[list[str]]:
-    done = _run("squeue", "-h", "-a", "-t", "all", *words)
+    done = call("squeue", "-h", "-a", "-t", "all", *words)
     if done.returncode and "invalid job id" not in done.stderr.lower():  # that is how it says that it has forgotten a job
         raise NoAnswer(f"squeue: {done.stderr.strip() or f'exit code {done.returncode}'}")
     return [line.strip().split("|", 2) for line in done.stdout.splitlines() if "|" in line]
 
 
-def _run(*command: str, seconds: float = ANSWER_SECONDS) -> subprocess.CompletedProcess[str]:
+def call(*command: str, seconds: float = ANSWER_SECONDS) -> subprocess.CompletedProcess[str]:
+    """How one of SLURM's commands has ended, whatever its exit code. Raises NoAnswer."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_FOR_US)}
     try:
         return subprocess.run(

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +17,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ipt2v.leases import LEASE_SECONDS
+from ipt2v.leases import Leases
 from ipt2v.run_dir import STAGES, VERIFY_SPLIT, RunDir
-from launch.fault_text import expand_nodes, explain, newest_life, nodes_to_exclude, printable
+from launch import controller
+from launch.controller import NoAnswer
+from launch.fault_text import ago, expand_nodes, explain, newest_life, nodes_to_exclude, printable
 from launch.fault_words import RUNNING_STATES, WAITING_STATES, Evidence, Fault, RankLog
 from launch.faults import classify
-from launch.queue import Submitted, live_elements, submissions
+from launch.queue import Submitted, live_elements, newest, submissions
 
 TAIL_BYTES = 128 * 1024  # of each log; with a rank's stacks and a traceback of all libraries it is some 20 kB
 MAX_LINE = 4000
@@ -60,10 +61,6 @@ class Known:
     blind: bool  # neither squeue nor sacct has answered
     lost: tuple[str, ...]  # what cannot be known here, and why
 
-    def newest(self, stage: str, shard: int) -> Submitted | None:
-        """The newest submission that has a shard."""
-        return next((one for one in reversed(self.submitted) if one.stage == stage and shard in one.shards), None)
-
 
 def gather(run: RunDir) -> Known:
     """Ask squeue and sacct once for everything that the run has submitted. Neither has to be there."""
@@ -87,7 +84,7 @@ def gather(run: RunDir) -> Known:
 
 def collect(known: Known, stage: str, shard: int, submitted: Submitted | None = None) -> Evidence:
     """What is known of the newest element that has a shard; or of an earlier one's end, whatever has been made since."""
-    run, chosen = known.run, submitted or known.newest(stage, shard)
+    run, chosen = known.run, submitted or newest(known.submitted, stage, shard)
     finished = submitted is None and _is_finished(run, stage, shard)
     if chosen is None:
         return Evidence(stage=stage, shard=shard, submitted=False, finished=finished)
@@ -116,11 +113,6 @@ def collect(known: Known, stage: str, shard: int, submitted: Submitted | None = 
         num_restarts=max(best.num_restarts, len(lives) - 1, starts - 1, 0),
         logs=_with_nodes(logs, best.nodes),
     )
-
-
-def faults(known: Known, stage: str) -> list[Fault]:
-    """What has happened to every shard's newest element of a stage."""
-    return [classify(collect(known, stage, shard)) for shard in range(known.run.environment().num_shards)]
 
 
 def all_faults(known: Known) -> Iterator[Fault]:
@@ -155,7 +147,7 @@ def find_shard(run: RunDir, key: str) -> int:
 
 def next_stage(run: RunDir, key: str, shard: int) -> str | None:
     """The stage that an item waits for; None if it is delivered, or has failed."""
-    for stage in STAGES:
+    for stage in run.stages():
         if run.failed(stage, [key]):
             return None
         if not run.done(stage, shard, [key]):
@@ -205,7 +197,7 @@ def _item_advice(run: RunDir, key: str) -> list[str]:
 def item_lines(run: RunDir, key: str, shard: int) -> list[str]:
     """How far an item is, as lines for a terminal."""
     lines = [f"{printable(key)}  (shard {shard})"]
-    for stage in STAGES:
+    for stage in run.stages():
         lines.append(f"  {stage:<12} {_stage_line(run, stage, shard, key)}")
         if run.failed(stage, [key]):
             return lines
@@ -224,7 +216,7 @@ def _stage_line(run: RunDir, stage: str, shard: int, key: str) -> str:
             reason = f"(its record cannot be read: {error})"
         return f"failed: {printable(str(reason))}"
     if run.done(stage, shard, [key]):
-        path = run.mp4_path(key) if stage == "video" else run.record_path(stage, shard, key)
+        path = run.mp4_path(key) if stage == "video" else run.made_path(stage, shard, key)
         return f"made: {printable(str(path.relative_to(run.root)))}"
     if key in run.recorded(stage, shard, [key]):
         return "denoised, its MP4 is not written yet"
@@ -245,21 +237,14 @@ def _position_line(run: RunDir, key: str) -> list[str]:
 
 
 def _lease_line(run: RunDir, key: str) -> list[str]:
-    path = run.leases_path / f"{key}.lease"
+    leases = Leases(folder=run.leases_path, owner="")  # nobody's: only looked at
+    path = leases.path(key)
     try:
         owner, age = path.read_text(encoding="utf-8", errors="replace"), max(0.0, time.time() - path.stat().st_mtime)
     except OSError:
         return []
-    alive = "" if age < LEASE_SECONDS else "; that is too long: the next to come takes it"
+    alive = "" if age < leases.seconds else "; that is too long: the next to come takes it"
     return [f"at work on it: {printable(owner)}, last sign of life {ago(age)} ago{alive}"]
-
-
-def ago(seconds: float) -> str:
-    """12 s, 5 min, 3 h, 2 d."""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0, seconds):.0f} s"
 
 
 def tail(path: Path, num_bytes: int = TAIL_BYTES) -> list[str]:
@@ -380,9 +365,9 @@ def _answer(*command: str) -> tuple[str | None, str]:
     if shutil.which(command[0]) is None:
         return None, f"no {command[0]} here"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=ANSWER_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return None, f"{command[0]} does not answer ({type(error).__name__})"
+        done = controller.call(*command, seconds=ANSWER_SECONDS)
+    except NoAnswer as error:
+        return None, printable(str(error), 120)
     if done.returncode:
         said = printable((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1], 120)
         return None, f"{command[0]} says: {said}"

@@ -1,4 +1,4 @@
-"""Logs and faults as people read them: plain lines, node lists written out, what to do, which nodes to leave out. Pure."""
+"""Logs, faults and times as people read them: plain lines, node lists written out, what to do, nodes to leave out. Pure."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
+from ipt2v.run_dir import STAGES
 from launch.fault_words import NODE_KINDS, Fault, Kind, RankLog
 
 MAX_NODES = 4096  # of a node list that is written out
@@ -48,6 +49,26 @@ def printable(text: str, width: int = 240) -> str:
     return clean if len(clean) <= width else clean[: width - 3] + "..."
 
 
+def unit_of(seconds: float) -> tuple[str, float]:
+    """The largest unit of which there are two."""
+    return next(
+        ((name, size) for name, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)) if seconds >= 2 * size), ("s", 1.0)
+    )
+
+
+def span(seconds: float) -> str:
+    """12 s, 5.0 min, 3.5 h, 12 d."""
+    unit, size = unit_of(seconds)
+    value = max(0.0, seconds) / size
+    return f"{value:.1f} {unit}" if value < 10 and size > 1 else f"{value:.0f} {unit}"
+
+
+def ago(seconds: float) -> str:
+    """12 s, 5 min, 3 h, 2 d."""
+    unit, size = unit_of(seconds)
+    return f"{max(0.0, seconds) / size:.0f} {unit}"
+
+
 def explain(fault: Fault, run: object) -> list[str]:
     """A fault as lines for a terminal; `run` is named in the commands."""
     lines = [f"{fault.stage} {fault.shard}: {fault.kind}", f"  {fault.text}"]
@@ -59,7 +80,8 @@ def explain(fault: Fault, run: object) -> list[str]:
     if fault.nodes and fault.kind in NODE_KINDS:
         lines.append(f"  node: {', '.join(map(printable, fault.nodes))}")
     if fault.advice:
-        lines.append(f"  to do: {fault.advice.format(run=run, stage=fault.stage, shard=fault.shard)}")
+        before = dict(zip(STAGES[1:], STAGES, strict=False)).get(fault.stage, fault.stage)
+        lines.append(f"  to do: {fault.advice.format(run=run, stage=fault.stage, shard=fault.shard, before=before)}")
     return lines
 
 

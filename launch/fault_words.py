@@ -116,9 +116,9 @@ MEANINGS = {
     Kind.TIME_LIMIT: Meaning("It reached its time limit.", Policy.RETRY_FREE, SUBMIT),
     Kind.CANCELLED: Meaning("Somebody cancelled it.", Policy.NOTHING, SUBMIT),
     Kind.DEPENDENCY: Meaning(
-        "It never started: the first_frame element that it waits for did not succeed.",
+        "It never started: the element of the stage before, which it waits for, did not succeed.",
         Policy.RETRY_FREE,
-        "`ipt2v why {run} first_frame {shard}` tells why; then " + SUBMIT,
+        "`ipt2v why {run} {before} {shard}` tells why; then " + SUBMIT,
     ),
     Kind.NODE_FAILURE: Meaning("A node failed, or SLURM lost sight of it.", Policy.RETRY_FREE, SUBMIT),
     Kind.BAD_GPU: Meaning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -9,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ipt2v.run_dir import RunDir
-from launch.evidence import Known, ago, collect, tail
-from launch.fault_text import printable
+from launch.evidence import Known, collect, tail
+from launch.fault_text import ago, printable
 from launch.fault_words import FINE_KINDS
 from launch.faults import classify
-from launch.queue import live_elements, log_files, submissions
+from launch.queue import live_elements, log_files, newest, submissions
 
 MAX_LISTED = 100
 FOLLOW_POLL_SECONDS = 0.5
@@ -28,7 +29,7 @@ def list_logs(known: Known) -> list[str]:
     """
     found = []
     for stage, shard in sorted({(one.stage, shard) for one in known.submitted for shard in one.shards}):
-        submitted = known.newest(stage, shard)
+        submitted = newest(known.submitted, stage, shard)
         if submitted is None:
             continue
         kind = classify(collect(known, stage, shard)).kind
@@ -107,26 +108,20 @@ def follow(run: RunDir, stage: str, shard: int, rank: int, sleep: Callable[[floa
 
 
 def _is_over(run: RunDir, stage: str, shard: int) -> bool:
-    newest = next((one for one in reversed(submissions(run)) if one.stage == stage and shard in one.shards), None)
-    if newest is None:
+    submitted = newest(submissions(run), stage, shard)
+    if submitted is None:
         raise ValueError(f"{run.root}: {stage} shard {shard} was never submitted; nothing to follow")
-    can_tell = newest.place == "local" or shutil.which("squeue") is not None
+    can_tell = submitted.place == "local" or shutil.which("squeue") is not None
     return can_tell and (stage, shard) not in live_elements(run)
 
 
-@dataclass(frozen=True, slots=True)
-class _Stat:
-    st_mtime: float
-    st_size: int
-
-
-def _stat(path: Path) -> _Stat | None:
+def _stat(path: Path) -> os.stat_result | None:
     """None if the file is not there, or empty."""
     try:
         found = path.stat()
     except OSError:
         return None
-    return _Stat(found.st_mtime, found.st_size) if found.st_size else None
+    return found if found.st_size else None
 
 
 def _size(num_bytes: int) -> str:

@@ -18,11 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import submitit
-
 from ipt2v.atomic import write_text
 from ipt2v.config import dump_settings
-from ipt2v.preflight_report import Finding, Rank, Report, judge, load_host, load_report
+from ipt2v.preflight_report import Finding, Rank, Report, host_path, judge, load_host, load_report, report_path
 from ipt2v.run_dir import Environment, RunDir
 from ipt2v.version import code_version
 from launch.cluster import Cluster
@@ -30,10 +28,11 @@ from launch.evidence import Known, collect, gather
 from launch.fault_text import printable
 from launch.fault_words import NODE_KINDS, Kind, RankLog
 from launch.faults import classify
-from launch.job import PreflightJob, outside_any_job
+from launch.job import PreflightJob
+from launch.local import submit_local
 from launch.plan import Submission
 from launch.progress import QUEUE_POLL_SECONDS, ranges
-from launch.queue import Submitted, cancel, is_idle, live_elements, remember
+from launch.queue import Submitted, cancel, is_idle, live_elements, newest
 from launch.submit import Submitter
 
 if TYPE_CHECKING:
@@ -60,14 +59,12 @@ class Preflight:
     def elements(self) -> tuple[int, ...]:
         return tuple(range(self.num_elements))
 
-    def report_path(self, element: int) -> Path:
-        return self.run.root / "reports" / f"{element:03d}.json"
-
     def missing(self) -> list[int]:
         """Elements without a report. By a listing, which NFS does not answer from memory as it does the question for a file."""
-        folder = self.run.root / "reports"
+        paths = [report_path(self.run.root, element) for element in self.elements]
+        folder = paths[0].parent
         there = set(os.listdir(folder)) if folder.exists() else set()
-        return [element for element in self.elements if self.report_path(element).name not in there]
+        return [element for element, path in enumerate(paths) if path.name not in there]
 
 
 def prepare(
@@ -129,15 +126,7 @@ def _submit(preflight: Preflight, tell: Callable[[Submitted], None]) -> Callable
 
 
 def _start_local(preflight: Preflight, tell: Callable[[Submitted], None]) -> Callable[[], bool]:
-    resources, run = preflight.site.video, preflight.run
-    executor = submitit.LocalExecutor(folder=run.jobs_path(STAGE))
-    executor.update_parameters(
-        timeout_min=TIMEOUT_MINUTES, tasks_per_node=resources.num_tasks_per_node, gpus_per_node=resources.gpus_per_node
-    )
-    with outside_any_job():
-        job = executor.submit(_job(preflight, commands=()), 0)
-    submitted = Submitted(place="local", stage=STAGE, job_id=job.job_id, shards=(0,), after=None)
-    remember(run, submitted)
+    job, submitted = submit_local(preflight.run, STAGE, preflight.site.video, _job(preflight, commands=()), 0)
     tell(submitted)
     return lambda: bool(job.done())
 
@@ -178,11 +167,11 @@ def read(preflight: Preflight) -> Report:
     """What all elements have reported; of one that has died, what its ranks had seen before they met."""
     reports = []
     for element in preflight.elements:
-        path = preflight.report_path(element)
+        path = report_path(preflight.run.root, element)
         if path.exists():
             reports.append(load_report(path.read_text(encoding="utf-8")))
         else:
-            alone = sorted(path.with_suffix("").glob("*.json"))
+            alone = sorted(host_path(preflight.run.root, element, 0).parent.glob("*.json"))
             reports.append(Report(hosts=tuple(load_host(one.read_text(encoding="utf-8")) for one in alone)))
     hosts = tuple(host for report in reports for host in report.hosts)
     return Report(hosts=hosts, ranks=tuple(rank for report in reports for rank in report.ranks))
@@ -199,7 +188,7 @@ def deaths(preflight: Preflight, report: Report) -> Iterator[Finding]:
 
 def _death(preflight: Preflight, known: Known, element: int, came: Mapping[int, str]) -> Finding:
     """`came`: rank -> node, of those that wrote what they had seen by themselves."""
-    evidence = collect(known, STAGE, element, known.newest(STAGE, element))
+    evidence = collect(known, STAGE, element, newest(known.submitted, STAGE, element))
     fault, resources = classify(evidence), preflight.site.video
     missing = [rank for rank in range(resources.num_tasks) if rank not in came]
     # who never came is to blame for it that the others waited, whoever's time was up first
@@ -306,8 +295,7 @@ def verdict(findings: Sequence[Finding], site: Cluster) -> list[str]:
     lines = [printable(str(finding), 800) for finding in findings]
     bad = sorted({node for finding in findings for node in finding.exclude})
     if bad:
-        before = [site.video.exclude] if site.video.exclude else []
-        lines += ["", "for the cluster file, below `video:`", f"  exclude: {','.join([*before, *bad])}"]
+        lines += ["", "for the cluster file, below `video:`", f"  exclude: {site.without(tuple(bad)).video.exclude}"]
     elif not any(finding.is_problem for finding in findings):
         lines.append("all good" + (" but for the warnings" if findings else ""))
     return lines

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from ipt2v.run_dir import STAGES, RunDir, StageCount
-from launch.queue import live_elements
+from launch.queue import is_idle
 
 QUEUE_POLL_SECONDS = 2
 
@@ -18,17 +18,17 @@ def all_keys(run: RunDir) -> dict[int, tuple[str, ...]]:
 
 def count_all(run: RunDir, keys: Mapping[int, tuple[str, ...]] | None = None) -> list[StageCount]:
     """Progress of every stage of every shard; `keys` of each, where they have been read already."""
-    counts = []
+    counts, stages = [], run.stages()
     for shard in range(run.environment().num_shards) if keys is None else keys:
         mine = run.shard_keys(shard) if keys is None else keys[shard]
-        counts += [run.count(stage, shard, mine) for stage in STAGES]
+        counts += [run.count(stage, shard, mine) for stage in stages]
     return sorted(counts, key=lambda count: (STAGES.index(count.stage), count.shard))
 
 
 def summary(counts: list[StageCount]) -> str:
     """One line: how much of each stage is done, of how many, and what failed."""
     parts = []
-    for stage in STAGES:
+    for stage in dict.fromkeys(count.stage for count in counts):
         mine = [count for count in counts if count.stage == stage]
         done, failed = sum(count.done for count in mine), sum(count.failed for count in mine)
         total = done + failed + sum(count.missing for count in mine)
@@ -52,9 +52,10 @@ class ProgressLine:
             print(f"{now - self.start:6.0f} s  {line}", flush=True)
 
 
-def wait_for_queue(run: RunDir, tick: ProgressLine) -> None:
-    """Return when no element of the run waits or runs any more."""
-    while live_elements(run):
+def wait_for_queue(run: RunDir) -> None:
+    """Return when no element of the run waits or runs any more; prints meanwhile how far it is."""
+    tick = ProgressLine(run)
+    while not is_idle(run):
         tick()
         time.sleep(QUEUE_POLL_SECONDS)
 

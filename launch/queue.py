@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,11 @@ def submissions(run: RunDir) -> list[Submitted]:
     return [Submitted(**_read(path)) for path in _notes(run, "json")]
 
 
+def newest(submitted: Sequence[Submitted], stage: str, shard: int) -> Submitted | None:
+    """The newest submission that has a shard, of some in the order of `submissions`."""
+    return next((one for one in reversed(submitted) if one.stage == stage and shard in one.shards), None)
+
+
 def intents(run: RunDir) -> list[Intent]:
     """What sbatch was, or is about to be, called for, with no answer noted, oldest first."""
     found = [Intent(**_read(path)) for path in _notes(run, "submitting")]
@@ -111,6 +116,12 @@ def settle(run: RunDir, *, final: bool) -> None:
             drop(run, intent)
 
 
+def settle_if_known(run: RunDir) -> None:
+    """The same for who only looks: without what SLURM does not answer, and it may be somebody else's run."""
+    with contextlib.suppress(NoAnswer, PermissionError):
+        settle(run, final=False)
+
+
 def find(run: RunDir, intent: Intent) -> list[str]:
     """Ids of the arrays that SLURM has for an intent: at most one, as a name is never used twice. Raises NoAnswer."""
     script = run.jobs_path(intent.stage) / f"{intent.name}.sh"
@@ -128,8 +139,7 @@ def find(run: RunDir, intent: Intent) -> list[str]:
 
 def live_elements(run: RunDir) -> dict[tuple[str, int], str]:
     """(stage, shard) -> state, of elements that wait or run. Without what is SLURM's where squeue does not answer."""
-    with contextlib.suppress(NoAnswer, PermissionError):  # it may be somebody else's run that one looks at
-        settle(run, final=False)
+    settle_if_known(run)
     known = submissions(run)
     found = _states_if_known(known)
     return {
@@ -142,6 +152,7 @@ def live_elements(run: RunDir) -> dict[tuple[str, int], str]:
 
 def is_idle(run: RunDir) -> bool:
     """Whether nothing of the run waits or runs; no if squeue does not answer."""
+    settle_if_known(run)
     try:
         return not states(submissions(run))
     except NoAnswer:
@@ -157,6 +168,8 @@ def living(run: RunDir, *, for_slurm: bool) -> tuple[Living, ...]:
     """
     if for_slurm:
         settle(run, final=False)
+    else:
+        settle_if_known(run)
     known = [one for one in submissions(run) if one.stage in STAGES]
     found = states(known) if for_slurm else _states_if_known(known)
     arrays = []
@@ -193,8 +206,7 @@ def cancel(run: RunDir) -> list[str]:
 
 def log_files(run: RunDir, stage: str, shard: int, rank: int = 0) -> list[Path]:
     """Logs of one rank of one shard, oldest first: of each submission, its output and its errors."""
-    with contextlib.suppress(NoAnswer, PermissionError):
-        settle(run, final=False)
+    settle_if_known(run)
     files = []
     for submitted in submissions(run):
         if submitted.stage == stage and shard in submitted.shards:

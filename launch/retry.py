@@ -38,7 +38,7 @@ def retry(run: RunDir, keys: Iterable[str], stages: tuple[str, ...] = STAGES) ->
         had_failed = tuple(stage for stage in stages if run.failed(stage, [key]))
         for stage in had_failed:
             _put_aside(run, run.failure_path(stage, key), f"{stage}/{key}.json")
-        notes = sorted((run.root / "video" / "crashes" / key).glob("*.txt")) if "video" in stages else []
+        notes = run.crash_paths(key) if "video" in stages else []
         for note in notes:
             _put_aside(run, note, f"crashes/{key}/{note.name}")
         if had_failed or notes:

@@ -5,9 +5,11 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from fake_slurm import FakeSlurm
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,6 +41,44 @@ def save(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[object], P
     return save
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a command line left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Answer]
+
+
+@pytest.fixture
+def ipt2v(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """The command, run in this process."""
+    from launch import cli
+
+    def call(*words: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["ipt2v", *map(str, words)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Answer(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """SLURM's commands on PATH, pretended, with an empty queue."""
+    fake = FakeSlurm(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", f"{fake.install()}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM", str(fake.folder))
+    return fake
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A running SLURM cluster with accounting, 4 nodes of 4 pretend GPUs, shared by all tests: leave it as you found it."""
@@ -65,8 +105,8 @@ def _running_cluster(*, accounting: bool) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def toy_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of tiny random checkpoints in the published layouts; shared by all tests, so not to be written to."""
-    from ipt2v.models.toy import write_toy_weights
+    from ipt2v.metrics.toy_weights import write_all_toy_weights
 
     root = tmp_path_factory.mktemp("toy_weights")
-    write_toy_weights(root)
+    write_all_toy_weights(root)
     return root

@@ -243,14 +243,6 @@ def _screen(what: object, console: type) -> str:
 # --- the queue ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    fake = FakeSlurm(tmp_path / "slurm")
-    monkeypatch.setenv("PATH", f"{fake.install()}:{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE_SLURM", str(fake.folder))
-    return fake
-
-
 def submitted(run: RunDir, slurm: FakeSlurm) -> None:
     remember(run, Submitted(place="slurm", stage="video", job_id="1001", shards=(0, 1), after=None, name="x.video.1.0"))
     (run.jobs_path("video") / "x.video.1.0.sh").write_text("#!/bin/bash\n#SBATCH --array=0-1%1\n")

@@ -14,8 +14,9 @@ import pytest
 from fake_slurm import FakeSlurm
 from helpers import ROOT, frozen_run, write_tree
 
+from ipt2v.leases import Leases
 from ipt2v.records import Failure
-from ipt2v.run_dir import RunDir
+from ipt2v.run_dir import RunDir, owner_of
 from launch import controller
 from launch.cluster import Cluster, Resources
 from launch.controller import NoAnswer, parse_max_array_size
@@ -27,14 +28,6 @@ from launch.submit import Submitter
 
 IPT2V = Path(sys.executable).parent / "ipt2v"
 FIVE = tuple(f"id{number:03d}" for number in range(1, 6))
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    fake = FakeSlurm(tmp_path / "slurm")
-    monkeypatch.setenv("PATH", f"{fake.install()}:{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE_SLURM", str(fake.folder))
-    return fake
 
 
 @pytest.fixture
@@ -194,6 +187,21 @@ def test_a_queue_that_does_not_answer_is_no_empty_queue(run: RunDir, slurm: Fake
         submit(run)
     assert len(slurm.calls) == 2
     assert live_elements(run) == {}  # to status it is
+
+
+@pytest.mark.parametrize(("answers", "left"), [(False, {0, 1}), (True, {1})])
+def test_leases_are_freed_only_of_elements_that_squeue_says_are_gone(
+    run: RunDir, slurm: FakeSlurm, answers: bool, left: set[int]
+) -> None:
+    submit(run)
+    slurm.end("1001", "FAILED", 0)
+    slurm.end("1002", "CANCELLED", 0)
+    for shard in (0, 1):
+        assert Leases(folder=run.leases_path, owner=owner_of(shard)).take(f"id00{shard + 1}/prompt1")
+    slurm.squeue_answers(answers)
+    ended = submit_command(run)
+    assert (ended.returncode, "Unable to contact slurm controller" in ended.stderr) == (int(not answers), not answers)
+    assert {path.read_text() for path in run.leases_path.rglob("*.lease")} == {owner_of(shard) for shard in left}
 
 
 def test_an_array_of_the_same_name_in_another_folder_is_not_ours(run: RunDir, slurm: FakeSlurm) -> None:

@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Call
 from helpers import first_frame, frozen_run, provenance, video_latents
 from safetensors.torch import save_file
 
 from ipt2v import hdf5
 from ipt2v.records import Failure
 from ipt2v.run_dir import RunDir
-from launch import cli
 from launch.cluster import Cluster, Resources
 from launch.evidence import ago, bad_nodes, collect, gather, tail
 from launch.logs import follow
@@ -31,34 +29,6 @@ CUDA_OOM = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 
 GLOO_CLOSED = "[rank0]: RuntimeError: [/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:32490."
 START = "submitit INFO (2026-11-23 04:27:48,177) - Starting with JobEnvironment(job_id=70_0, hostname={}, local_rank=0(1))"
 XID = "NVRM: Xid (PCI:0000:65:00): 79, pid=1234, name=python, GPU has fallen off the bus."
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command line left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Answer]
-
-
-@pytest.fixture
-def ipt2v(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """The command, run in this process."""
-
-    def call(*words: object) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["ipt2v", *map(str, words)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Answer(code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture
@@ -273,6 +243,16 @@ def test_a_scheduler_that_is_down_costs_what_it_knows_and_no_more(ipt2v: Call, c
         "not known: squeue says: slurm_load_jobs error: Unable to contact slurm controller (connect failure): whether" in text
     )
     assert "not known: sacct says: Slurm accounting storage is disabled: what SLURM forgets" in text
+
+
+def test_what_a_shell_sets_for_reading_squeue_hides_nothing(
+    crashed: RunDir, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("squeue", "sacct"):
+        monkeypatch.setenv(f"{name.upper()}_FORMAT", "%i")
+        scheduler.command(name, "")
+        (scheduler.folder / name).write_text(f'#!/bin/sh\n[ -z "${name.upper()}_FORMAT" ]\n', encoding="utf-8")
+    assert gather(crashed).lost == ()
 
 
 def test_jobs_that_squeue_has_forgotten_are_over(crashed: RunDir, scheduler: Scheduler) -> None:
