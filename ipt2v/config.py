@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
@@ -51,6 +52,7 @@ class TestsetConfig(Settings):
 
     path: str
     format: str = "auto"
+    identities: int | None = Field(None, ge=1)  # so many people only, spread evenly over the test set's list
 
 
 def _only_zero3_offloads(settings: OffloadingT) -> OffloadingT:
@@ -262,6 +264,20 @@ class ScoreConfig(Settings):
         if len(set(metrics)) < len(metrics):
             raise ValueError(f"found a metric twice in {', '.join(metrics)}; name each once")
         return metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring:
+    """What is measured of a run's videos, and by which weights. Unlike a config it may change: no pixel depends on it."""
+
+    config: ScoreConfig
+    weights: dict[str, str]  # folder name -> fingerprint
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits; names the folder of these scores."""
+        text = json.dumps({"config": self.config.model_dump(mode="json"), "weights": self.weights}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class RunConfig(Settings):

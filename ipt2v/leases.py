@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -98,6 +99,14 @@ def free_leases(folder: Path, owners: Collection[str]) -> None:
         with contextlib.suppress(OSError):
             if path.read_text(encoding="utf-8") not in owners:
                 path.unlink()
+
+
+def is_held(folder: Path, name: str, seconds: float = LEASE_SECONDS) -> bool:
+    """Whether somebody seems to be at work on it. By this machine's clock, which may differ a little from the files'."""
+    try:
+        return time.time() - (folder / f"{name}.lease").stat().st_mtime < seconds
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -34,6 +34,20 @@ def in_natural_order(items: Iterable[Item]) -> tuple[Item, ...]:
     return tuple(sorted(items, key=lambda item: (natural_key(item.identity), natural_key(item.prompt_id))))
 
 
+def of_some_identities(items: Sequence[Item], num_identities: int | None) -> tuple[Item, ...]:
+    """The items of so many identities, spread evenly over those that there are; all for None.
+
+    Raises ValueError if there are fewer.
+    """
+    names = list(dict.fromkeys(item.identity for item in items))
+    if num_identities is None:
+        return tuple(items)
+    if num_identities > len(names):
+        raise ValueError(f"testset.identities: found {num_identities}, expected at most the {len(names)} of the test set")
+    chosen = {names[index * len(names) // num_identities] for index in range(num_identities)}
+    return tuple(item for item in items if item.identity in chosen)
+
+
 def dumps_manifest(items: Iterable[Item]) -> str:
     """The manifest's text: one JSON object an item, in the given order; the same items give the same bytes."""
     return "".join(json.dumps(_record(item), ensure_ascii=False, sort_keys=True) + "\n" for item in items)

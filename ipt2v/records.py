@@ -121,6 +121,21 @@ class Video:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One metric of one delivered video."""
+
+    key: str
+    metric: str
+    value: float | None
+    reason: str | None  # why there is no value
+    seconds: float  # wall time; of metrics that are computed together, a share
+    device: str
+    created: str  # UTC, ISO 8601
+    video_sha256: str  # of the MP4 that was measured
+    scorer: str  # digest of what measured: metric, weights, version of the formula
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """An item that a stage could not make, and why."""
 

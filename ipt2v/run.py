@@ -15,6 +15,7 @@ from ipt2v.atomic import write_text
 from ipt2v.parallel import Group, group_from_environment
 from ipt2v.records import Failure, FirstFrame, Item, Made
 from ipt2v.run_dir import STAGES, VERIFY_SPLIT, WEIGHTS_DIR_VARIABLE, RunDir, seal_shard
+from ipt2v.score_shard import make_scores
 from ipt2v.video_shard import make_videos
 from ipt2v.watch import beat, rest
 from ipt2v.work import ShardResult, Work, open_work
@@ -100,7 +101,7 @@ def _verify_split(work: Work, group: Group) -> bool:
     return False
 
 
-_STAGES = {"first_frame": _make_first_frames, "video": make_videos, VERIFY_SPLIT: _verify_split}
+_STAGES = {"first_frame": _make_first_frames, "video": make_videos, "score": make_scores, VERIFY_SPLIT: _verify_split}
 
 
 def _first_frames_to_make(work: Work) -> tuple[Item, ...]:

@@ -6,6 +6,7 @@
     video/<key>.mp4  video/parts/<key>.h5 -> video/000.h5              the delivered file; latents and provenance beside it
     video/{leases,positions,crashes}/<key>...                          who is at work on it, how far it is, who fell over it
     failure/<stage>/<key>.json                                         an item that cannot be made, and why
+    score.json  score/<digest>/parts/<key>.csv -> score/<digest>/000.csv   what is measured; all scores of one item
     verify_split/000.json                                              one video on all ranks against one rank
     package/  jobs/<stage>/                                            the leaderboard's zip; submitit's pickles and logs
 
@@ -15,19 +16,20 @@ Knows nothing of torch, models or schedulers.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ipt2v import hdf5
 from ipt2v.atomic import write_text
-from ipt2v.config import RunConfig, load_settings, run_digest
+from ipt2v.config import RunConfig, ScoreConfig, Scoring, load_settings, parse_settings, run_digest
 from ipt2v.leases import free_leases
+from ipt2v.listing import existing
 from ipt2v.manifest import manifest_digest, read_manifest
 from ipt2v.records import Failure, Item
+from ipt2v.score_dir import ScoreDir
 
-STAGES = ("first_frame", "video")
+STAGES = ("first_frame", "video", "score")  # a run that is not scored has the first two
 VERIFY_SPLIT = "verify_split"  # a job like a stage's, which makes no items
 WEIGHTS_DIR_VARIABLE = "IPT2V_WEIGHTS_DIR"  # a folder with a copy of the run's weights, to be read instead of the frozen one
 
@@ -97,8 +99,12 @@ class RunDir:
 
     def crashes(self, key: str) -> list[str]:
         """Why elements have crashed while they made the video, oldest first."""
+        return [path.read_text(encoding="utf-8").strip() for path in self.crash_paths(key)]
+
+    def crash_paths(self, key: str) -> list[Path]:
+        """The notes of these crashes, oldest first."""
         paths = (self.root / "video" / "crashes" / key).glob("*.txt")
-        return [path.read_text(encoding="utf-8").strip() for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
+        return sorted(paths, key=lambda path: path.stat().st_mtime_ns)
 
     def note_crash(self, key: str, life: str, reason: str) -> None:
         """One for each life of an element: what its first rank to say so has said."""
@@ -108,6 +114,39 @@ class RunDir:
 
     def split_check_path(self, shard: int) -> Path:
         return self.root / VERIFY_SPLIT / f"{shard:03d}.json"
+
+    @property
+    def scoring_path(self) -> Path:
+        return self.root / "score.json"
+
+    def scoring(self) -> Scoring | None:
+        """What is measured; None for a run that is not scored. Raises ValueError if the file is damaged."""
+        try:
+            found = json.loads(self.scoring_path.read_text(encoding="utf-8"))
+            config = parse_settings(ScoreConfig, found["config"], where=str(self.scoring_path))
+            return Scoring(config=config, weights=found["weights"]) if config.metrics else None
+        except FileNotFoundError:
+            return None
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.scoring_path}: {error!r}; delete it and submit again") from error
+
+    def save_scoring(self, scoring: Scoring) -> None:
+        """From now on this is measured; what was measured otherwise stays beside it."""
+        found = {"config": scoring.config.model_dump(mode="json"), "weights": scoring.weights}
+        write_text(self.scoring_path, json.dumps(found, indent=1) + "\n")
+
+    def scores(self, scoring: Scoring | None = None) -> ScoreDir | None:
+        """Where the scores lie, of this way of measuring or of the run's own; None for a run that is not scored."""
+        scoring = scoring or self.scoring()
+        return None if scoring is None else ScoreDir(self.root / "score" / scoring.digest)
+
+    def all_scores(self) -> list[ScoreDir]:
+        """Every way in which the run was ever scored."""
+        return [ScoreDir(path) for path in sorted((self.root / "score").glob("*")) if path.is_dir()]
+
+    def stages(self) -> tuple[str, ...]:
+        """The stages of this run, in their order."""
+        return STAGES[: -1 if self.scoring() is None else None]
 
     def failure_path(self, stage: str, key: str) -> Path:
         return self.root / "failure" / stage / f"{key}.json"
@@ -163,11 +202,19 @@ class RunDir:
             raise KeyError(f"{self.root}: no {stage} record of {key}")
         return paths[key]
 
+    def made_path(self, stage: str, shard: int, key: str) -> Path:
+        """The file that holds what a stage has made of an item; scores have tables instead of records."""
+        scores = self.scores() if stage == "score" else None
+        if scores is None:
+            return self.record_path(stage, shard, key)
+        part = scores.part_path(key)
+        return part if part.exists() else scores.sealed_path(shard)
+
     def record_paths(self, stage: str, shard: int, keys: Collection[str]) -> dict[str, Path]:
         """key -> the file that holds its record, of a shard's keys that have one. Opens the sealed shard only, never a part."""
         sealed = self.sealed_path(stage, shard)
         in_shard = set(hdf5.sealed_keys(sealed)).intersection(keys) if sealed.exists() else set()
-        in_parts = _existing(self.root / stage / "parts", set(keys) - in_shard, ".h5")
+        in_parts = existing(self.root / stage / "parts", set(keys) - in_shard, ".h5")
         return dict.fromkeys(in_shard, sealed) | {key: self.part_path(stage, key) for key in in_parts}
 
     def recorded(self, stage: str, shard: int, keys: Collection[str]) -> set[str]:
@@ -176,16 +223,19 @@ class RunDir:
 
     def failed(self, stage: str, keys: Collection[str]) -> set[str]:
         """Which of the keys have a failure record in `stage`."""
-        return _existing(self.root / "failure" / stage, keys, ".json")
+        return existing(self.root / "failure" / stage, keys, ".json")
 
-    def done(self, stage: str, shard: int, keys: Collection[str]) -> set[str]:
+    def done(self, stage: str, shard: int, keys: Collection[str], scoring: Scoring | None = None) -> set[str]:
         """Which of a shard's keys `stage` has finished; a video counts when its MP4 is there too."""
+        if stage == "score":
+            scores = self.scores(scoring)
+            return set() if scores is None else scores.done(shard, keys)
         recorded = self.recorded(stage, shard, keys)
-        return _existing(self.root / "video", recorded, ".mp4") if stage == "video" else recorded
+        return existing(self.root / "video", recorded, ".mp4") if stage == "video" else recorded
 
-    def count(self, stage: str, shard: int, keys: Collection[str]) -> StageCount:
+    def count(self, stage: str, shard: int, keys: Collection[str], scoring: Scoring | None = None) -> StageCount:
         """Progress of a shard. An item that failed in an earlier stage has failed in the later ones."""
-        left = set(keys) - self.done(stage, shard, keys)
+        left = set(keys) - self.done(stage, shard, keys, scoring)
         failed = set().union(*(self.failed(earlier, left) for earlier in STAGES[: STAGES.index(stage) + 1]))
         num_failed, num_missing = len(failed), len(left - failed)
         return StageCount(stage=stage, shard=shard, done=len(keys) - len(left), failed=num_failed, missing=num_missing)
@@ -195,7 +245,7 @@ class RunDir:
 
     def failures(self) -> list[Failure]:
         """Every failure record of the run, in order of stage and key."""
-        paths = sorted((self.root / "failure").glob("*/*/*.json"))
+        paths = [path for stage in STAGES for path in sorted((self.root / "failure" / stage).glob("*/*.json"))]
         return [Failure(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
     def _check_digest(self, name: str, found: str, expected: str) -> None:
@@ -208,7 +258,7 @@ class RunDir:
 
 def seal_shard(run: RunDir, stage: str, shard: int, keys: Collection[str]) -> None:
     """Merge the parts of a shard into its sealed file and drop them; a shard without parts is left alone."""
-    parts = _existing(run.root / stage / "parts", keys, ".h5")
+    parts = existing(run.root / stage / "parts", keys, ".h5")
     if not parts:
         return
     paths = run.record_paths(stage, shard, keys)
@@ -225,18 +275,3 @@ def owner_of(shard: int) -> str:
 def free_leases_of_the_dead(run: RunDir, living: Collection[int]) -> None:
     """Free what elements hold that make none of the `living` shards; for who knows which elements there are."""
     free_leases(run.leases_path, {owner_of(shard) for shard in living})
-
-
-def _existing(folder: Path, keys: Collection[str], suffix: str) -> set[str]:
-    """Which keys have a file folder/<key><suffix>.
-
-    One listing for each identity: asking for 100,000 files one by one takes minutes on a shared disk.
-    """
-    found: set[str] = set()
-    for identity in {key.partition("/")[0] for key in keys}:
-        try:
-            names = os.listdir(f"{folder}/{identity}")
-        except FileNotFoundError:
-            continue
-        found.update(f"{identity}/{name.removesuffix(suffix)}" for name in names if name.endswith(suffix))
-    return found.intersection(keys)

@@ -1,15 +1,32 @@
-"""The command `ipt2v`. Each command imports what it needs when it runs, so that --help answers at once."""
+"""The command `ipt2v`, and those of its commands that make something; others are in cli_runs and cli_weights.
+
+Each command imports what it needs when it runs, so that --help answers at once.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from launch import cli_runs, cli_scores, cli_weights
+from launch.cli_options import (
+    ClusterOption,
+    ConfigArgument,
+    DeadlineOption,
+    OverridesArgument,
+    Place,
+    PlaceOption,
+    RehearseOption,
+    RunArgument,
+    RunsOption,
+    ShardsOption,
+    WeightsOption,
+)
 
 if TYPE_CHECKING:
     from ipt2v.models.vace.degrees import Degrees
@@ -17,7 +34,7 @@ if TYPE_CHECKING:
     from ipt2v.run_dir import RunDir
     from launch.cluster import Cluster
     from launch.freeze import Prepared
-    from launch.plan import Submission
+    from launch.plan import Living, Submission
     from launch.queue import Submitted
 
 app = typer.Typer(
@@ -28,33 +45,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-weights_app = typer.Typer(help="Folders of model weights.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(weights_app, name="weights")
-
-
-class Place(StrEnum):
-    """Where the arrays run."""
-
-    here = "here"
-    local = "local"
-    slurm = "slurm"
-
-
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="what to make, a YAML file of configs/")]
-OverridesArgument = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings on top: video.fps=24")]
-PlaceOption = Annotated[Place, typer.Option("--on", help="this process, processes of this machine, or SLURM arrays")]
-ClusterOption = Annotated[Path | None, typer.Option("--cluster", help="where to run, a YAML file of configs/cluster/")]
-ShardsOption = Annotated[int | None, typer.Option("--shards", min=1, help="array elements of each stage")]
-WeightsOption = Annotated[Path | None, typer.Option("--weights", help="folder of weights, over the cluster file's")]
-WeightsFolderOption = Annotated[Path, typer.Option("--weights", metavar="DIR", help="folder of weights")]
-RunsOption = Annotated[Path | None, typer.Option("--runs", help="folder of run folders, over the cluster file's")]
-RehearseOption = Annotated[
-    bool, typer.Option("--rehearse", help="with placeholder pictures in place of the models: all but them is proven in minutes")
-]
-DeadlineOption = Annotated[
-    float, typer.Option("--deadline", metavar="HOURS", min=0, show_default=False, help="time that there is for the videos")
-]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder")]
+app.add_typer(cli_runs.app)
+app.add_typer(cli_scores.app)
+app.add_typer(cli_weights.app, name="weights")
 
 
 @app.command(epilog="Example: ipt2v plan configs/vace_14b_480p.yaml --on slurm --cluster configs/cluster/h100.yaml")
@@ -72,10 +65,13 @@ def plan(  # noqa: PLR0913, PLR0917 - options of a command line
 ) -> None:
     """Print what `submit` would do, sbatch scripts included, and what it costs; write and submit nothing."""
     from launch.progress import ranges, summary
+    from launch.queue import living
     from launch.submit import sbatch_text
 
     prepared, site = _prepare(config, _rehearsed(overrides, rehearse), cluster, shards, weights, runs)
-    todo, has_models = _todo(prepared, site, on), not prepared.config.rehearsal.enabled
+    _check_ranks(prepared, site, on)
+    todo = _todo(prepared, living(prepared.run, for_slurm=on == Place.slurm))
+    has_models = not prepared.config.rehearsal.enabled
     state = "goes on" if prepared.run.root.exists() else "new"
     print(f"run    {prepared.run.root} ({state})\nitems  {summary(prepared.counts())} in {len(prepared.shards)} shards")
     for number, submission in enumerate(todo, 1):
@@ -85,7 +81,7 @@ def plan(  # noqa: PLR0913, PLR0917 - options of a command line
             split, need = _split(prepared, site)
             ranks += f" ({split}; at least {need} on each)"
         waits = f", element i after element i of array {number - 1}" if submission.after else ""
-        waits += f", each after its first frames in array {submission.living.job_id}" if submission.living else ""
+        waits += f", each after its shard's element in array {submission.living.job_id}" if submission.living else ""
         print(f"\narray {number}: {submission.stage}, shards {ranges(submission.shards)}, {ranks}{waits}")
         if on == Place.slurm:
             after = f"<job id of array {number - 1}>" if submission.after else None
@@ -116,7 +112,8 @@ def submit(  # noqa: PLR0913, PLR0917 - options of a command line
     from ipt2v.run_dir import free_leases_of_the_dead
     from launch.freeze import freeze
     from launch.lock import run_lock
-    from launch.queue import live_elements, settle
+    from launch.progress import wait_for_queue
+    from launch.queue import living, settle
 
     prepared, site = _prepare(config, _rehearsed(overrides, rehearse), cluster, shards, weights, runs)
     _check_ranks(prepared, site, on)
@@ -125,10 +122,11 @@ def submit(  # noqa: PLR0913, PLR0917 - options of a command line
     with run_lock(run, f"submit --on {on}"):
         if on == Place.slurm:
             settle(run, final=True)
-        free_leases_of_the_dead(run, {shard for stage, shard in live_elements(run) if stage == "video"})
-        problems = _start(run, site, _todo(prepared, site, on), on)
-    if wait:
-        _wait(run, on)
+        arrays = living(run, for_slurm=on == Place.slurm)
+        free_leases_of_the_dead(run, {shard for array in arrays if array.stage == "video" for shard in array.live})
+        problems = _start(run, site, _todo(prepared, arrays), on)
+    if wait and on == Place.slurm:
+        wait_for_queue(run)
     if on != Place.slurm or wait:
         _finish(run, problems)
 
@@ -150,136 +148,6 @@ def freeze(
 
 
 @app.command(
-    epilog="Examples: ipt2v status runs/vace_14b_480p-1a2b3c4d;  ipt2v status runs/vace_14b_480p-1a2b3c4d --watch. "
-    "Exit code 1 if an item has failed. Rates are of active time: pauses of more than half an hour do not count"
-)
-def status(
-    run: RunArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="for programs: a list of shards")] = False,
-    with_rates: Annotated[bool, typer.Option("--rates", help="with --json: an object that has rates and failures too")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="a live view, until Ctrl-C; lines of text without a terminal")] = False,
-    every: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="with --watch: between two looks")] = 5.0,
-) -> None:
-    """What is done, failed and missing, how fast, at what price, until when: from record files, and squeue if it answers."""
-    from ipt2v.run_dir import RunDir
-    from launch.progress import count_all
-    from launch.status import Memory, json_rows, look_at, look_at_queue, status_lines
-    from launch.status import as_json as all_facts
-
-    if (as_json and watch) or (with_rates and not as_json):
-        raise ValueError(
-            "status: --json and --watch exclude each other, and --rates is for --json: the text has the rates always"
-        )
-    opened = RunDir(run)
-    if watch:
-        try:
-            from launch.dashboard import watch as watch_run
-
-            watch_run(opened, every)
-        except KeyboardInterrupt:
-            raise typer.Exit(0) from None
-    opened.environment()  # a mistyped folder is no run, whatever the queue says
-    queue = look_at_queue(opened)
-    if as_json and not with_rates:
-        counts = count_all(opened)
-        print(json.dumps(json_rows(counts, queue), indent=1))
-    else:
-        look = look_at(opened, queue, Memory())
-        counts = list(look.counts)
-        print(json.dumps(all_facts(look), indent=1) if as_json else "\n".join(status_lines(look)))
-    raise typer.Exit(1 if any(count.failed for count in counts) else 0)
-
-
-@app.command(
-    epilog="Examples: ipt2v logs runs/vace_14b_480p-1a2b3c4d;  ipt2v logs runs/vace_14b_480p-1a2b3c4d video 3 --rank 1 -f"
-)
-def logs(
-    run: RunArgument,
-    stage: Annotated[str | None, typer.Argument(help="first_frame or video; without it all logs are listed")] = None,
-    shard: Annotated[int | None, typer.Argument(help="0-based")] = None,
-    rank: Annotated[int, typer.Option(help="0-based; rank 0 writes the records")] = 0,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="show what is written, until the element is over")] = False,
-) -> None:
-    """Print the logs of one rank of one shard, oldest submission first; or list all logs, those of failed elements first."""
-    from ipt2v.run_dir import RunDir
-    from launch.evidence import gather
-    from launch.logs import follow as follow_logs
-    from launch.logs import list_logs, print_logs
-    from launch.queue import log_files
-
-    opened = RunDir(run)
-    opened.environment()
-    if stage is None or shard is None:
-        if stage is not None or follow:
-            raise ValueError("logs: name STAGE and SHARD, as in `ipt2v logs RUN video 3`; with neither, all logs are listed")
-        print("\n".join(list_logs(gather(opened))) or f"{run}: no log yet; `ipt2v status {run}` tells what has started")
-        return
-    opened.shard(shard)
-    if follow:
-        try:
-            print(follow_logs(opened, stage, shard, rank))
-        except KeyboardInterrupt:
-            raise typer.Exit(0) from None
-        return
-    files = log_files(opened, stage, shard, rank)
-    if not files:
-        raise ValueError(f"{run}: no log of {stage} shard {shard} rank {rank} yet; `ipt2v status {run}` tells what has started")
-    print_logs(files)
-
-
-@app.command(
-    epilog="Examples: ipt2v why runs/vace_14b_480p-1a2b3c4d id001/prompt1;  ipt2v why runs/vace_14b_480p-1a2b3c4d video 3"
-)
-def why(
-    run: RunArgument,
-    what: Annotated[list[str], typer.Argument(metavar="ITEM|STAGE SHARD", help="an item (id001/prompt1), or an element")],
-) -> None:
-    """Explain in plain words what has become of an item or an element: with the lines of the logs, and what to do."""
-    from ipt2v.run_dir import RunDir
-    from launch.evidence import why_lines
-
-    print("\n".join(why_lines(RunDir(run), tuple(what))))
-
-
-@app.command(epilog="Example: ipt2v nodes runs/vace_14b_480p-1a2b3c4d")
-def nodes(run: RunArgument) -> None:
-    """List the nodes on which elements have failed, and the line that keeps the bad ones out of the next submission."""
-    from ipt2v.run_dir import RunDir
-    from launch.evidence import all_faults, gather
-    from launch.fault_text import node_lines
-
-    opened = RunDir(run)
-    opened.environment()
-    known = gather(opened)
-    print("\n".join((*node_lines(tuple(all_faults(known))), *(f"not known: {line}" for line in known.lost))))
-
-
-@app.command(
-    epilog="Examples: ipt2v retry runs/vace_14b_480p-1a2b3c4d --failed --stage video;  "
-    "ipt2v retry runs/vace_14b_480p-1a2b3c4d id001/prompt1"
-)
-def retry(
-    run: RunArgument,
-    keys: Annotated[list[str] | None, typer.Argument(metavar="KEY", help="items: id001/prompt1")] = None,
-    failed: Annotated[bool, typer.Option("--failed", help="all items that have failed")] = False,
-    stage: Annotated[str | None, typer.Option("--stage", help="only what failed in first_frame, or in video")] = None,
-) -> None:
-    """Let the next submission make failed items again. Their failure records and crash notes are kept in failure/retried."""
-    from ipt2v.run_dir import STAGES, RunDir
-    from launch.retry import retry as put_aside
-    from launch.retry import retry_lines
-
-    opened = RunDir(run)
-    opened.environment()
-    if stage not in (None, *STAGES):
-        raise ValueError(f"--stage {stage!r} unknown; known: {', '.join(STAGES)}")
-    if bool(keys) == failed:
-        raise ValueError(f"retry: name items, or --failed for all {len(opened.failures())} that have failed")
-    retried = put_aside(opened, keys or (), STAGES if stage is None else (stage,))
-    print("\n".join(retry_lines(opened, retried)))
-
-
-@app.command(
     "verify-split",
     epilog="Example: ipt2v verify-split runs/vace_14b_480p-1a2b3c4d --on slurm --cluster configs/cluster/h100.yaml",
 )
@@ -294,6 +162,7 @@ def verify_split(
     from launch.cluster import load_cluster
     from launch.lock import run_lock
     from launch.plan import Submission
+    from launch.progress import wait_for_queue
 
     opened, site = RunDir(run.absolute()), load_cluster(cluster)
     opened.shard(shard)
@@ -303,7 +172,8 @@ def verify_split(
     path.unlink(missing_ok=True)
     with run_lock(opened, f"verify-split --on {on}"):
         problems = _start(opened, site, (Submission(stage=VERIFY_SPLIT, shards=(shard,), after=False),), on)
-    _wait(opened, on)
+    if on == Place.slurm:
+        wait_for_queue(opened)
     if not path.is_file():
         raise OSError("; ".join(problems) or f"verify-split wrote nothing; see `ipt2v logs {run} {VERIFY_SPLIT} {shard}`")
     for name, value in json.loads(path.read_text(encoding="utf-8")).items():
@@ -345,105 +215,6 @@ def preflight(
     raise typer.Exit(code)
 
 
-@app.command()
-def cancel(run: RunArgument) -> None:
-    """Cancel what waits or runs of a run. Finished items stay; `submit` goes on with the rest."""
-    from ipt2v.run_dir import RunDir
-    from launch.lock import Locked, run_lock
-    from launch.queue import cancel as cancel_jobs
-
-    opened = RunDir(run)
-    opened.environment()  # a mistyped folder must not look like an idle run
-    try:
-        with run_lock(opened, "cancel"):  # else a submitter would go on with what it has in mind
-            ids = cancel_jobs(opened)
-    except Locked as error:
-        if not error.what.endswith(("--on local", "--on here")):  # those stay for as long as the run takes
-            raise
-        ids = cancel_jobs(opened)
-    print(f"cancelled {', '.join(ids)}" if ids else "nothing to cancel: no job of this run waits or runs")
-
-
-@app.command()
-def package(
-    run: RunArgument,
-    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="pack what there is")] = False,
-) -> None:
-    """Check every video by decoding it, zip them for the leaderboard with checksums, and write a page to look at."""
-    from ipt2v.package import write_package
-    from ipt2v.report import write_report
-    from ipt2v.run_dir import RunDir
-
-    opened = RunDir(run)
-    written = write_package(opened, allow_missing=allow_missing)
-    print(f"{written.archive}  {written.num_videos} videos" + (f", {len(written.missing)} missing" if written.missing else ""))
-    print(f"{write_report(opened)}")
-    raise typer.Exit(1 if written.missing else 0)
-
-
-@weights_app.command(
-    "list",
-    epilog="Examples: ipt2v weights list;  ipt2v weights list configs/vace_14b_480p.yaml hyperlora.enabled=false --files",
-)
-def weights_list(
-    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="only what this run reads")] = None,
-    overrides: OverridesArgument = None,
-    files: Annotated[bool, typer.Option("--files", help="every file that is known of, with size and sha256")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="for programs; with all files")] = False,
-) -> None:
-    """Print every folder of weights that we know: what reads it, its size, where it is published, under which licence."""
-    from ipt2v.config import RunConfig, load_settings
-    from launch.weights import dump_rows, print_rows, rows
-
-    listed = rows(load_settings(RunConfig, config, tuple(overrides or ())) if config else None)
-    if as_json:
-        print(dump_rows(listed))
-    else:
-        print_rows(listed, files=files)
-
-
-@weights_app.command(
-    "fetch",
-    epilog="Examples: ipt2v weights fetch configs/vace_14b_480p.yaml --weights /shared/weights;  ipt2v weights fetch Qwen3-8B. "
-    "Then: ipt2v weights check CONFIG --weights /shared/weights --hash",
-)
-def weights_fetch(
-    what: Annotated[list[str], typer.Argument(metavar="CONFIG|FOLDER...", help="all of a run (KEY=VALUE on top), or folders")],
-    weights: WeightsFolderOption = Path("weights"),
-) -> None:
-    """Fetch published weights; needs network, so on a login node. What is there and whole is not fetched again."""
-    from ipt2v.models.fetch import fetch
-    from launch.weights import wanted_folders
-
-    fetch(wanted_folders(what), weights)
-
-
-@weights_app.command("check", epilog="Example: ipt2v weights check configs/vace_14b_480p.yaml --weights /shared/weights")
-def weights_check(
-    config: ConfigArgument,
-    overrides: OverridesArgument = None,
-    weights: WeightsFolderOption = Path("weights"),
-    hashes: Annotated[bool, typer.Option("--hash", help="read every file: minutes for 100 GB")] = False,
-) -> None:
-    """Say what is missing or damaged of the files that a run loads; exit code 1 if anything is. plan and submit do so too."""
-    from ipt2v.config import RunConfig, load_settings
-    from launch.weights import check
-
-    raise typer.Exit(check(weights, load_settings(RunConfig, config, tuple(overrides or ())), hashes=hashes))
-
-
-@weights_app.command("toy")
-def weights_toy(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write them below")],
-    seed: Annotated[int, typer.Option(help="of the random weights")] = 0,
-) -> None:
-    """Write tiny random checkpoints in the published layouts: the real loading code runs, the pictures are noise."""
-    from ipt2v.models.toy import write_toy_weights
-
-    for written in write_toy_weights(folder, seed=seed):
-        print(written)
-
-
 @app.command(epilog="Example: ipt2v demo --on slurm --cluster configs/cluster/devcluster.yaml")
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder for its weights, test set and run")] = Path("demo"),
@@ -451,14 +222,15 @@ def demo(
     on: PlaceOption = Place.local,
     cluster: ClusterOption = Path("configs/cluster/local.yaml"),
 ) -> None:
-    """Run the whole system on two photographs and toy weights: both arrays, package, and a page to look at."""
-    from launch.demo import prepare_demo
+    """Run the whole system on two photographs and toy weights: all three arrays, package, table, and a page to look at."""
+    from launch.demo import SCORES, prepare_demo
 
     testset, weights = prepare_demo(folder)
-    submit(config, [f"testset.path={testset}"], on, cluster, None, weights, folder / "runs", wait=True)
-    prepared, _ = _prepare(config, [f"testset.path={testset}"], cluster, None, weights, folder / "runs")
+    overrides = [f"testset.path={testset}", SCORES]
+    submit(config, overrides, on, cluster, None, weights, folder / "runs", wait=True)
+    prepared, _ = _prepare(config, overrides, cluster, None, weights, folder / "runs")
     try:
-        package(prepared.run.root)
+        cli_runs.package(prepared.run.root)
     finally:
         print("\nToy weights are random: the pictures are noise. They show that everything runs, not how it looks.")
 
@@ -501,17 +273,11 @@ def _rehearsed(overrides: list[str] | None, rehearse: bool) -> list[str]:
     return [*(overrides or ()), *(["rehearsal.enabled=true"] if rehearse else [])]
 
 
-def _todo(prepared: Prepared, site: Cluster, on: Place) -> tuple[Submission, ...]:
-    """What to submit.
-
-    Raises ValueError if the split of ranks is illegal, OSError if SLURM does not say what is in the queue.
-    """
+def _todo(prepared: Prepared, arrays: tuple[Living, ...]) -> tuple[Submission, ...]:
+    """What to submit beside what is in the queue."""
     from launch.plan import plan_submissions
     from launch.progress import ranges
-    from launch.queue import living
 
-    _check_ranks(prepared, site, on)
-    arrays = living(prepared.run, for_slurm=on == Place.slurm)
     if busy := {shard for array in arrays for shard in array.live}:
         print(f"shards {ranges(tuple(sorted(busy)))} are waiting or running already; left alone")
     return plan_submissions(prepared.counts(), arrays)
@@ -569,16 +335,6 @@ def _start(run: RunDir, site: Cluster, todo: tuple[Submission, ...], on: Place) 
 def _print_submitted(submitted: Submitted) -> None:
     waits = f", aftercorr:{submitted.after}" if submitted.after else ""
     print(f"array  {submitted.job_id}  {submitted.stage}, {len(submitted.shards)} elements{waits}", flush=True)
-
-
-def _wait(run: RunDir, on: Place) -> None:
-    """Until nothing of the run is in SLURM's queue; elsewhere there is none."""
-    from launch.progress import ProgressLine, wait_for_queue
-    from launch.queue import is_idle
-
-    tick = ProgressLine(run)
-    while on == Place.slurm and not is_idle(run):
-        wait_for_queue(run, tick)
 
 
 def _finish(run: RunDir, problems: list[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Self
 from pydantic import Field, field_validator, model_validator
 
 from ipt2v.config import Settings, load_settings
-from ipt2v.run_dir import VERIFY_SPLIT
+from ipt2v.run_dir import STAGES, VERIFY_SPLIT
 
 
 class Resources(Settings):
@@ -60,6 +60,7 @@ class Cluster(Settings):
     stall_minutes: float = Field(30, gt=0)  # a rank without a sign of life (a step, an item) for so long ends, with all stacks
     first_frame: Resources = Resources()
     video: Resources = Resources()
+    score: Resources = Resources()
     hardware: Hardware = Hardware()
 
     @field_validator("local_weights_dir")
@@ -90,14 +91,15 @@ class Cluster(Settings):
     def without(self, nodes: tuple[str, ...]) -> Cluster:
         """The same site, but no stage is given these nodes."""
         changed = {}
-        for name in ("first_frame", "video"):
+        for name in STAGES:
             resources: Resources = getattr(self, name)
             named = [resources.exclude] if resources.exclude else []
             changed[name] = resources.model_copy(update={"exclude": ",".join([*named, *nodes])})
         return self.model_copy(update=changed) if nodes else self
 
     def resources(self, stage: str) -> Resources:
-        return {"first_frame": self.first_frame, "video": self.video, VERIFY_SPLIT: self.video}[stage]
+        resources: Resources = getattr(self, "video" if stage == VERIFY_SPLIT else stage)
+        return resources
 
 
 def load_cluster(path: Path | None) -> Cluster:

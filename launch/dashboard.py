@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ipt2v.run_dir import STAGES, RunDir, StageCount
+from ipt2v.run_dir import RunDir, StageCount
 from launch.fault_text import printable
 from launch.progress import summary
 from launch.status import (
@@ -106,7 +106,7 @@ def view(look: Look, width: int, *, ascii_only: bool = False) -> Group:
     for row in rows:
         table.add_row(*map(Text, row))
     parts = [Text(f"{printable(str(look.run.root))}  {_clock(look)}", "bold"), Text(summary(list(look.counts))), Text()]
-    for stage in STAGES:
+    for stage in dict.fromkeys(count.stage for count in look.counts):
         parts.append(bar(stage, [count for count in look.counts if count.stage == stage], look.queue, width, ascii_only))
     parts.append(_legend(ascii_only))
     notes = [Text(line, "dim") for line in note_lines(look)]

@@ -5,8 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ipt2v.models.toy import write_toy_weights
+from ipt2v.metrics.toy_weights import write_all_toy_weights
 
+# All but motion_amplitude, which needs OpenCV. At the demo's size ms and dd have no value, and say why.
+SCORES = (
+    "score.metrics=[arc_sim, face_rate, oc, aq, iq, ms, dd, motion_pixels, face_arc, face_cur, face_distance, clip_score, "
+    "first_frame_arc_sim, drift]"
+)
 PROMPTS = (
     "The astronaut, dressed in a bulky white space suit, floats through the space station and waves at the camera.",
     "A scientist in a white coat looks up from a microscope in a bright laboratory and begins to smile.",
@@ -24,7 +29,7 @@ def prepare_demo(folder: Path) -> tuple[Path, Path]:
             (testset / identity / f"prompt{number}.txt").write_text(prompt, encoding="utf-8")
     if not weights.is_dir():
         print(f"writing toy weights to {weights}", flush=True)
-        write_toy_weights(weights)
+        write_all_toy_weights(weights)
     return testset, weights
 
 

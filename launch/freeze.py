@@ -8,12 +8,13 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 from ipt2v.atomic import write_text
-from ipt2v.config import RunConfig, dump_settings, run_digest
-from ipt2v.manifest import dumps_manifest, manifest_digest, shard_by_identity
-from ipt2v.models.catalogue import check_weights, fingerprints
+from ipt2v.config import RunConfig, Scoring, dump_settings, run_digest
+from ipt2v.manifest import dumps_manifest, manifest_digest, of_some_identities, shard_by_identity
+from ipt2v.models.catalogue import check_weights, fingerprints, score_fingerprints
 from ipt2v.prompts import read_template
 from ipt2v.records import Item
 from ipt2v.run_dir import STAGES, Environment, RunDir, StageCount
@@ -31,11 +32,13 @@ class Prepared:
     config: RunConfig
     environment: Environment
     shards: tuple[tuple[Item, ...], ...]
+    scoring: Scoring | None
 
     def counts(self) -> list[StageCount]:
         """Progress of every stage of every shard; nothing is done where the run folder is not there."""
         keys = [[item.key for item in items] for items in self.shards]
-        return [self.run.count(stage, shard, keys[shard]) for stage in STAGES for shard in range(len(keys))]
+        stages = STAGES if self.scoring else STAGES[:-1]
+        return [self.run.count(stage, shard, mine, self.scoring) for stage in stages for shard, mine in enumerate(keys)]
 
 
 def prepare(config: RunConfig, *, weights_dir: Path, runs_dir: Path, num_shards: int | None = None) -> Prepared:
@@ -46,18 +49,19 @@ def prepare(config: RunConfig, *, weights_dir: Path, runs_dir: Path, num_shards:
     """
     config = with_templates(config)
     testset = Path(config.testset.path)
-    items = read_testset(testset, config.testset.format)
+    items = of_some_identities(read_testset(testset, config.testset.format), config.testset.identities)
     check_weights(weights_dir, config)
     weights = fingerprints(weights_dir, config)
     digest = run_digest(config, manifest_digest=manifest_digest(items), weights=weights)
     name = f"{config.name}-rehearsal" if config.rehearsal.enabled else config.name
     run = RunDir(runs_dir.absolute() / f"{name}-{digest[:8]}")
+    scoring = _scoring(weights_dir, config)
     if run.root.exists():
         _check_same(run, digest, num_shards)
         environment = run.environment()
-        return Prepared(
-            run=run, config=run.config(), environment=environment, shards=tuple(map(run.shard, range(environment.num_shards)))
-        )
+        frozen = tuple(map(run.shard, range(environment.num_shards)))
+        known = run.config().model_copy(update={"score": config.score})
+        return Prepared(run=run, config=known, environment=environment, shards=frozen, scoring=scoring)
     shards = shard_by_identity(items, num_shards or default_num_shards(items))
     environment = Environment(
         run_digest=digest,
@@ -70,11 +74,32 @@ def prepare(config: RunConfig, *, weights_dir: Path, runs_dir: Path, num_shards:
         packages=package_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return Prepared(run=run, config=config, environment=environment, shards=shards)
+    return Prepared(run=run, config=config, environment=environment, shards=shards, scoring=scoring)
+
+
+def _scoring(weights_dir: Path, config: RunConfig) -> Scoring | None:
+    if not config.score.metrics or config.rehearsal.enabled:
+        return None
+    if "motion_amplitude" in config.score.metrics and find_spec("cv2") is None:
+        raise ValueError("score.metrics: motion_amplitude needs OpenCV: pip install 'ipt2v[score]', or leave it out")
+    return Scoring(config=config.score, weights=score_fingerprints(weights_dir, config))
 
 
 def freeze(prepared: Prepared) -> RunDir:
-    """The run folder, written now or found. All files are made in a scratch folder that is renamed into place."""
+    """The run folder, written now or found, and what is measured of it, which may have changed since."""
+    run = _freeze_run(prepared)
+    if prepared.scoring != run.scoring():
+        config = run.config().model_copy(update={"score": prepared.config.score})
+        write_text(run.config_path, dump_settings(config))
+        if prepared.scoring is None:
+            run.scoring_path.unlink()
+        else:
+            run.save_scoring(prepared.scoring)
+    return run
+
+
+def _freeze_run(prepared: Prepared) -> RunDir:
+    """All files are made in a scratch folder that is renamed into place."""
     run = prepared.run
     if run.root.exists():
         return run

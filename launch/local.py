@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,8 @@ import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 
 from ipt2v.run_dir import RunDir
-from launch.cluster import Cluster
-from launch.job import make_job, outside_any_job
+from launch.cluster import Cluster, Resources
+from launch.job import OneShard, make_job, outside_any_job
 from launch.plan import Submission
 from launch.queue import Submitted, kill_tree, remember
 
@@ -25,13 +25,13 @@ def run_local(run: RunDir, cluster: Cluster, plan: Iterable[Submission], tick: C
     submitit's local executor has no queue: an element is started when the one that it depends on has succeeded and fewer than
     `array_parallelism` of its stage run.
     """
-    waiting = [_Element(one.stage, shard, one.after) for one in plan for shard in one.shards]
+    waiting = list(_elements(plan))
     running: dict[_Element, Any] = {}
     succeeded: set[tuple[str, int]] = set()
     problems: list[str] = []
     try:
         while waiting or running:
-            for element in [one for one in waiting if not one.after or ("first_frame", one.shard) in succeeded]:
+            for element in [one for one in waiting if one.after is None or (one.after, one.shard) in succeeded]:
                 if _num_running(element.stage, running) < cluster.resources(element.stage).array_parallelism:
                     running[element] = _start_local(run, cluster, element)
                     waiting.remove(element)
@@ -41,13 +41,28 @@ def run_local(run: RunDir, cluster: Cluster, plan: Iterable[Submission], tick: C
                     succeeded.add((element.stage, element.shard))
                 else:
                     problems.append(problem)
-                    waiting = [one for one in waiting if not (one.after and one.shard == element.shard)]
+                    waiting = [one for one in waiting if one.after is None or one.shard != element.shard]
             tick()
             time.sleep(LOCAL_POLL_SECONDS)
     finally:
         for job in running.values():  # Ctrl-C: no process outlives the driver
             kill_tree(int(job.job_id))
     return problems
+
+
+def submit_local(run: RunDir, stage: str, resources: Resources, job: OneShard, shard: int) -> tuple[Any, Submitted]:
+    """Start one element as processes of this machine: submitit's job, and the note that the run folder has of it."""
+    executor = submitit.LocalExecutor(folder=run.jobs_path(stage))
+    executor.update_parameters(
+        timeout_min=resources.timeout_minutes,  # its default is two minutes
+        tasks_per_node=resources.num_tasks_per_node,
+        gpus_per_node=resources.gpus_per_node,  # without it CUDA_VISIBLE_DEVICES is empty
+    )
+    with outside_any_job():
+        started = executor.submit(job, shard)
+    submitted = Submitted(place="local", stage=stage, job_id=started.job_id, shards=(shard,), after=None)
+    remember(run, submitted)
+    return started, submitted
 
 
 def run_here(run: RunDir, plan: Iterable[Submission], tick: Callable[[], None]) -> None:
@@ -67,7 +82,15 @@ class _Element:
 
     stage: str
     shard: int
-    after: bool  # waits for the first frames of its shard
+    after: str | None  # the stage of its shard that it waits for
+
+
+def _elements(plan: Iterable[Submission]) -> Iterator[_Element]:
+    before = ""
+    for one in plan:
+        for shard in one.shards:
+            yield _Element(stage=one.stage, shard=shard, after=before if one.after else None)
+        before = one.stage
 
 
 def _num_running(stage: str, running: Iterable[_Element]) -> int:
@@ -78,16 +101,7 @@ def _start_local(run: RunDir, cluster: Cluster, element: _Element) -> Any:
     stage, resources = element.stage, cluster.resources(element.stage)
     if resources.nodes > 1:
         raise ValueError(f"{stage}.nodes: found {resources.nodes}, expected 1 for --on local; use another --cluster file")
-    executor = submitit.LocalExecutor(folder=run.jobs_path(stage))
-    executor.update_parameters(
-        timeout_min=resources.timeout_minutes,  # its default is two minutes
-        tasks_per_node=resources.num_tasks_per_node,
-        gpus_per_node=resources.gpus_per_node,  # without it CUDA_VISIBLE_DEVICES is empty
-    )
-    with outside_any_job():
-        job = executor.submit(make_job(run, cluster, stage), element.shard)
-    remember(run, Submitted(place="local", stage=stage, job_id=job.job_id, shards=(element.shard,), after=None))
-    return job
+    return submit_local(run, stage, resources, make_job(run, cluster, stage), element.shard)[0]
 
 
 def _problem(run: RunDir, element: _Element, job: Any) -> str | None:

@@ -8,15 +8,16 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 
 from ipt2v import hdf5
-from ipt2v.records import Provenance
+from ipt2v.records import Provenance, Score
 from ipt2v.run_dir import RunDir, StageCount
 from launch.rates import Finished, Sampled, spread
 
 MAX_RECORDS = 200  # of each stage that are opened
+MAX_TABLES = 64  # of scores, one for each shard
 MAX_TIMES = 2000  # files that are asked for their times
 
 
@@ -27,11 +28,6 @@ class Measured:
     num_done: int
     sampled: tuple[Sampled, ...]
     finished: tuple[Finished, ...]
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every record was read: what follows from fewer is marked with ~."""
-        return len(self.sampled) >= self.num_done
 
 
 def measure(run: RunDir, stage: str, counts: Sequence[StageCount], keys: Mapping[int, Sequence[str]]) -> Measured:
@@ -54,6 +50,9 @@ def measure(run: RunDir, stage: str, counts: Sequence[StageCount], keys: Mapping
 
 def sample_records(run: RunDir, stage: str, counts: Sequence[StageCount], keys: Mapping[int, Sequence[str]]) -> list[Sampled]:
     """What at most MAX_RECORDS records of these shards say; one that cannot be read says nothing."""
+    if stage == "score":
+        shards = [counts[place].shard for place in spread(len(counts), MAX_TABLES)]
+        return [sampled_of_scores(rows) for shard in shards for rows in _score_rows(run, shard, keys[shard])]
     digest = run.environment().run_digest
     ends = list(accumulate(count.done for count in counts))
     wanted: dict[StageCount, list[int]] = {}  # shard -> places among what is done of it
@@ -94,6 +93,28 @@ def sampled_of(made: Provenance, stage: str) -> Sampled:
         rank_seconds=made.seconds * (made.num_ranks if together else 1),
         pace_seconds=made.seconds / (1 if together else made.num_ranks),
         on_gpu=made.device.startswith("cuda"),
+    )
+
+
+def _score_rows(run: RunDir, shard: int, keys: Sequence[str]) -> list[list[Score]]:
+    """The scores of each item of a shard that has all."""
+    scores = run.scores()
+    try:
+        rows = scores.rows(shard, keys) if scores else []
+    except (OSError, ValueError):  # sealed at this moment, or damaged
+        return []
+    return [list(mine) for _, mine in groupby(rows, key=lambda row: row.key)]
+
+
+def sampled_of_scores(rows: Sequence[Score]) -> Sampled:
+    """What the scores of one video took, by one rank."""
+    seconds = sum(row.seconds for row in rows)
+    return Sampled(
+        finished=max(datetime.fromisoformat(row.created).timestamp() for row in rows),
+        seconds=seconds,
+        rank_seconds=seconds,
+        pace_seconds=seconds,
+        on_gpu=rows[0].device.startswith("cuda"),
     )
 
 

@@ -30,28 +30,36 @@ class Submission:
 
 
 def plan_submissions(counts: Iterable[StageCount], living: Iterable[Living] = ()) -> tuple[Submission, ...]:
-    """Videos that wait for first frames in the queue, first frames, the videos that wait for those, and videos that need not.
+    """Arrays for all that is missing: for each shard a chain of its missing stages, after what of it is in the queue.
 
-    What is in the queue is left alone. A shard whose first frames are there, and its videos are not, gets its videos: so it is
-    when a driver has died between the two arrays, or an element of the second was cancelled.
+    What is in the queue is left alone. A shard that has a stage there, and none of a later one, gets the later ones: so it is
+    when a driver has died between two arrays, or an element of the second was cancelled.
     """
     living = tuple(living)
-    in_queue = {stage: {shard for one in living if one.stage == stage for shard in one.live} for stage in STAGES}
-    missing = {(count.stage, count.shard) for count in counts if count.missing and count.shard not in in_queue["video"]}
-    orphans = {shard for stage, shard in missing if stage == "video"} & in_queue["first_frame"]
-    missing = {(stage, shard) for stage, shard in missing if shard not in in_queue["first_frame"]}
+    missing: dict[int, set[str]] = {}
+    for count in counts:
+        if count.missing:
+            missing.setdefault(count.shard, set()).add(count.stage)
+    chains: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+    for shard in sorted(missing):
+        last, parent = _latest(shard, living)
+        stages = tuple(stage for stage in STAGES[last + 1 :] if stage in missing[shard])
+        if stages and (parent is None or living[parent].job_id is not None):
+            chains.setdefault((-1 if parent is None else parent, stages), []).append(shard)
+    # what waits for the queue first; then what has most to do, so that the longest way begins soonest
+    ordered = sorted(chains.items(), key=lambda chain: (chain[0][0] < 0, chain[0][0], -len(chain[0][1])))
     submissions = []
-    for array in reversed(living):  # of two with the same shard the later one, which was submitted because it had to be
-        mine = tuple(shard for shard in array.shards if shard in orphans & array.live)
-        if array.stage == "first_frame" and array.job_id is not None and mine:
-            orphans -= set(mine)
-            submissions.append(Submission(stage="video", shards=mine, after=False, living=array))
-    submissions.reverse()
-    first_frames = tuple(sorted(shard for stage, shard in missing if stage == "first_frame"))
-    ready = tuple(sorted(shard for stage, shard in missing if stage == "video" and shard not in first_frames))
-    if first_frames:
-        submissions.append(Submission(stage="first_frame", shards=first_frames, after=False))
-        submissions.append(Submission(stage="video", shards=first_frames, after=True))
-    if ready:
-        submissions.append(Submission(stage="video", shards=ready, after=False))
+    for (parent, stages), shards in ordered:
+        for index, stage in enumerate(stages):
+            array = living[parent] if parent >= 0 and not index else None
+            submissions.append(Submission(stage=stage, shards=tuple(shards), after=bool(index), living=array))
     return tuple(submissions)
+
+
+def _latest(shard: int, living: tuple[Living, ...]) -> tuple[int, int | None]:
+    """The latest stage that the queue has of a shard, as its place in STAGES (-1: none), and the number of its array.
+
+    Of two arrays with the same shard the later one, which was submitted because it had to be.
+    """
+    found = [(STAGES.index(array.stage), number) for number, array in enumerate(living) if shard in array.live]
+    return max(found, default=(-1, None))

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 
 from ipt2v.records import Failure
-from ipt2v.run_dir import STAGES, RunDir, StageCount
+from ipt2v.run_dir import RunDir, StageCount
 from launch import controller
 from launch.controller import NoAnswer
-from launch.fault_text import printable
+from launch.fault_text import printable, span, unit_of
 from launch.measure import Measured, measure
 from launch.progress import all_keys, count_all, shard_lines, summary
-from launch.queue import Submitted, settle, states, submissions
+from launch.queue import Submitted, settle_if_known, states, submissions
 from launch.rates import (
     SHORTEST_PAUSE_SECONDS,
     Element,
@@ -101,12 +101,13 @@ def look_at(run: RunDir, queue: Queue, memory: Memory) -> Look:
     """All that `status` says."""
     memory.keys, now = memory.keys or all_keys(run), time.time()
     counts, measured = count_all(run, memory.keys), memory.measured
-    for stage in STAGES:
+    stages = run.stages()
+    for stage in stages:
         num_done = sum(count.done for count in counts if count.stage == stage)
         if stage not in measured or measured[stage].num_done != num_done:
             measured[stage] = measure(run, stage, counts, memory.keys)
     found: list[StageLook] = []
-    for stage in STAGES:
+    for stage in stages:
         found.append(_look_at_stage(stage, counts, measured[stage], queue, (now, found[-1] if found else None)))
     reasons = tuple(group_reasons(run.failures()))
     return Look(run=run, at=now, counts=tuple(counts), stages=tuple(found), queue=queue, reasons=reasons)
@@ -114,8 +115,7 @@ def look_at(run: RunDir, queue: Queue, memory: Memory) -> Look:
 
 def look_at_queue(run: RunDir) -> Queue:
     """Ask squeue, if anything was submitted to SLURM; without an answer only this machine's processes are known."""
-    with contextlib.suppress(NoAnswer, PermissionError):  # it may be somebody else's run that one looks at
-        settle(run, final=False)
+    settle_if_known(run)
     known, lost = submissions(run), ""
     try:
         found = states(known)
@@ -278,19 +278,6 @@ def hours(one: Used, share: float) -> str:
     return " + ".join(parts)
 
 
-def unit_of(seconds: float) -> tuple[str, float]:
-    """The largest unit of which there are two."""
-    return next(
-        ((name, size) for name, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)) if seconds >= 2 * size), ("s", 1.0)
-    )
-
-
-def span(seconds: float) -> str:
-    unit, size = unit_of(max(0.0, seconds))
-    value = max(0.0, seconds) / size
-    return f"{value:.1f} {unit}" if value < 10 and size > 1 else f"{value:.0f} {unit}"
-
-
 def _look_at_stage(
     stage: str, counts: Sequence[StageCount], measured: Measured, queue: Queue, when: tuple[float, StageLook | None]
 ) -> StageLook:
@@ -331,20 +318,20 @@ def _estimate(
         return None, f"no estimate: there is none for {waits_for.stage}"
     elements = _elements(counts, queue, now, waits_for)
     stage = counts[0].stage
-    if stage == "first_frame":
+    if stage != "video":
         elements = [one for one in elements if one.missing]
     if not elements:
         estimate, basis = _estimate_without_queue(missing, measured, speed, queue, now)
     else:
         running = sum(one.is_running for one in elements)
         at_once = queue.at_once.get(stage, max(1, running) if queue.has_driver else len(elements))
-        if stage == "first_frame":
+        if stage != "video":  # videos alone are made by whoever has time
             estimate = estimate_own(elements, each, at_once)
         else:
             estimate = estimate_shared(missing, elements, each, at_once)
         basis = f"{running} run, {len(elements) - running} wait"
         left = missing - sum(one.missing for one in elements)
-        if stage == "first_frame" and left:
+        if stage != "video" and left:
             basis += f"; {left} items are not in the queue: submit again"
         if estimate is None:
             basis = f"no estimate: {len(elements)} wait, none runs, SLURM does not say when one will"

@@ -66,6 +66,8 @@ class Submitter:
         parent = before.job_id if array.after and before else array.parent
         if parent is None or self._is_known(parent):
             return parent
+        if array.stage == "score":  # takes the videos that are there
+            return None
         run = self.run
         left = [shard for shard in array.shards if run.count("first_frame", shard, run.shard_keys(shard)).missing]
         if left:

@@ -8,11 +8,10 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conftest import Answer, Call
 from helpers import NUM_HEADS, ROOT, frozen_run, run_command, run_python, write_fake_weights, write_tree
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -33,6 +32,7 @@ COMMANDS = [
     "retry",
     "cancel",
     "package",
+    "table",
     "verify-split",
     "preflight",
     "weights",
@@ -73,34 +73,6 @@ def place(tmp_path: Path) -> Path:
 def plan_words(place: Path, *more: str) -> list[str]:
     options = ["--weights", str(place / "weights"), "--runs", str(place / "runs"), "--cluster", str(place / "site.yaml")]
     return ["plan", CONFIG, f"testset.path={place / 'testset'}", *more, *options]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command line left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-Call = Callable[..., Answer]
-
-
-@pytest.fixture
-def ipt2v(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """The command, run in this process."""
-
-    def call(*words: str) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["ipt2v", *words])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Answer(code, *capsys.readouterr())
-
-    return call
 
 
 def seconds_of(*command: str) -> float:

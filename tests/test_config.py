@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from ipt2v.config import RunConfig, Settings, dump_settings, load_settings, parse_settings, run_digest
 from launch.cluster import Cluster, load_cluster
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 CLUSTERS = sorted((ROOT / "configs" / "cluster").glob("*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(CLUSTERS))
 MINIMAL = "name: small\ntestset: {path: here}\n"
 
 
@@ -98,6 +98,7 @@ CHOICES = {
     "text_encoder.weights_sharding": "none",
     "cpu_offload": True,
     "metrics": ["dd", "oc"],
+    "identities": 7,
 }
 # zero3: without it, cpu_offload has no other legal value
 SMALL = parse_settings(

@@ -11,11 +11,12 @@ from helpers import ROOT, run_python
 
 # each line may import only lines above it, and its own package
 LAYERS = (
-    ("records", "atomic", "version", "prompts", "leases", "watch", "preflight_report"),
+    ("records", "atomic", "version", "prompts", "leases", "listing", "watch", "preflight_report"),
     ("config", "manifest", "references"),
     ("testsets",),
-    ("answers", "delivery", "hdf5", "mp4"),
+    ("answers", "delivery", "hdf5", "mp4", "score_dir"),
     ("run_dir",),
+    ("table",),
     ("package", "report"),
     ("xdit",),
     ("parallel",),
@@ -24,12 +25,18 @@ LAYERS = (
     ("stages",),
     ("position_file", "work", "preflight"),
     ("claims",),
-    ("video_shard",),
+    ("score_shard", "video_shard"),
     ("run",),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-FILES = {"answers", "atomic", "delivery", "hdf5", "leases", "mp4", "run_dir", "package", "report", "testsets", "manifest"}
+FILES = {"answers", "atomic", "delivery", "hdf5", "leases", "listing", "mp4", "run_dir", "score_dir"} | {
+    "package",
+    "report",
+    "table",
+    "testsets",
+    "manifest",
+}
 MAX_LINES, MAX_PARAMETERS = 40, 6
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

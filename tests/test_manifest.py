@@ -19,6 +19,7 @@ from ipt2v.manifest import (
     in_natural_order,
     manifest_digest,
     natural_key,
+    of_some_identities,
     read_manifest,
     shard_by_identity,
     write_manifest,
@@ -309,3 +310,11 @@ def test_a_number_of_shards_that_cannot_be_is_refused_with_both_numbers(num_shar
 def test_no_items_cannot_be_sharded() -> None:
     with pytest.raises(ValueError, match="num_shards: 1 for 0 identities"):
         shard_by_identity([], 1)
+
+
+def test_some_identities_are_spread_over_the_list_each_whole_and_in_order() -> None:
+    items = items_of([2] * 10)
+    assert [item.key for item in of_some_identities(items, 3)] == [f"id{k}/prompt{n}" for k in (0, 3, 6) for n in (1, 2)]
+    assert of_some_identities(items, None) == of_some_identities(items, 10) == tuple(items)
+    with pytest.raises(ValueError, match=r"testset\.identities: found 11, expected at most the 10 of the test set"):
+        of_some_identities(items, 11)

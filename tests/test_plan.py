@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from ipt2v.run_dir import STAGES, StageCount
 from launch.plan import Living, Submission, plan_submissions
 
-# a shard: (first frames missing, videos missing); a video is missing at least where its first frame is
-Shards = list[tuple[int, int]]
-SHARDS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)).map(lambda pair: (pair[0], max(pair))), max_size=12)
+# a shard: first frames, videos, scores missing; a video is missing at least where its first frame is, its scores where it is
+Shards = list[tuple[int, ...]]
+SHARDS = st.lists(st.tuples(*[st.integers(0, 2)] * 3).map(lambda shard: tuple(sorted(shard))), max_size=12)
 SETS = st.frozensets(st.integers(0, 12), max_size=12)
 
 
@@ -33,12 +33,13 @@ def places(plan: tuple[Submission, ...], stage: str) -> list[int]:
     return sorted(shard for submission in plan if submission.stage == stage for shard in submission.shards)
 
 
-@given(SHARDS, SETS, SETS)
+@given(SHARDS, SETS, SETS, SETS)
 def test_every_shard_with_something_missing_is_in_the_queue_or_submitted_once_in_each_stage_that_misses_it(
-    shards: Shards, first_frames: frozenset[int], videos: frozenset[int]
+    shards: Shards, first_frames: frozenset[int], videos: frozenset[int], scores: frozenset[int]
 ) -> None:
-    plan = plan_submissions(counts(shards), in_queue("first_frame", first_frames) + in_queue("video", videos))
-    busy = {"first_frame": first_frames | videos, "video": videos}
+    queue = in_queue("first_frame", first_frames) + in_queue("video", videos) + in_queue("score", scores)
+    plan = plan_submissions(counts(shards), queue)
+    busy = {"first_frame": first_frames | videos | scores, "video": videos | scores, "score": scores}
     for index, stage in enumerate(STAGES):
         expected = [shard for shard, missing in enumerate(shards) if missing[index] and shard not in busy[stage]]
         assert places(plan, stage) == expected
@@ -51,17 +52,18 @@ def test_shards_that_nothing_can_wait_for_are_left_alone(shards: Shards, live: f
 
 
 @given(SHARDS, SETS, SETS)
-def test_videos_of_first_frames_in_the_queue_wait_for_those(
+def test_what_comes_after_a_stage_in_the_queue_waits_for_that(
     shards: Shards, first_frames: frozenset[int], videos: frozenset[int]
 ) -> None:
-    plan = plan_submissions(counts(shards), in_queue("first_frame", first_frames) + in_queue("video", videos))
-    joined = [shard for one in plan if one.living and one.living.job_id == "17" for shard in one.shards]
-    assert joined == [shard for shard, (_, missing) in enumerate(shards) if missing and shard in first_frames - videos]
+    plan = plan_submissions(counts(shards), in_queue("first_frame", first_frames) + in_queue("video", videos, "18"))
+    for job_id, stage, live in (("17", 1, first_frames - videos), ("18", 2, videos)):
+        joined = [shard for one in plan if one.living and one.living.job_id == job_id for shard in one.shards]
+        assert sorted(joined) == [shard for shard, missing in enumerate(shards) if any(missing[stage:]) and shard in live]
 
 
 def test_of_two_arrays_with_a_shard_the_later_is_waited_for() -> None:
     older, newer = in_queue("first_frame", frozenset({0, 1}), "17"), in_queue("first_frame", frozenset({1}), "18")
-    plan = plan_submissions(counts([(1, 1), (1, 1)]), older + newer)
+    plan = plan_submissions(counts([(1, 1, 0), (1, 1, 0)]), older + newer)
     assert [(one.living and one.living.job_id, one.shards) for one in plan] == [("17", (0,)), ("18", (1,))]
 
 
@@ -69,21 +71,22 @@ def test_of_two_arrays_with_a_shard_the_later_is_waited_for() -> None:
 def test_the_array_that_waits_has_the_elements_of_the_one_before_it_in_its_order(shards: Shards, live: frozenset[int]) -> None:
     plan = plan_submissions(counts(shards), in_queue("first_frame", live))
     for before, submission in zip((None, *plan), plan, strict=False):
-        assert submission.after == (before is not None and before.stage == "first_frame")
         assert not submission.after or (before is not None and submission.shards == before.shards)
+        assert not submission.after or STAGES.index(submission.stage) > STAGES.index(before.stage if before else "score")
 
 
 @given(SHARDS, SETS)
-def test_videos_whose_first_frames_are_missing_wait_for_them(shards: Shards, live: frozenset[int]) -> None:
+def test_no_stage_runs_before_the_one_that_it_needs(shards: Shards, live: frozenset[int]) -> None:
     plan = plan_submissions(counts(shards), in_queue("video", live))
-    at_once = [shard for one in plan if one.stage == "video" and not one.after for shard in one.shards]
-    assert [shard for shard in at_once if shards[shard][0]] == []
+    for index, stage in enumerate(STAGES[1:]):
+        at_once = [shard for one in plan if one.stage == stage and not one.after and not one.living for shard in one.shards]
+        assert [shard for shard in at_once if shards[shard][index]] == []
 
 
 @given(SHARDS, SETS)
-def test_there_are_at_most_three_arrays_and_those_that_join_one_in_the_queue(shards: Shards, live: frozenset[int]) -> None:
+def test_shards_with_the_same_to_do_share_their_arrays(shards: Shards, live: frozenset[int]) -> None:
     plan = plan_submissions(counts(shards), in_queue("first_frame", live))
-    assert len(plan) <= 3 + (1 if live else 0)
+    assert len([one for one in plan if not one.after]) <= 3 + 2  # from each stage on, and what joins the queue
     assert all(submission.shards for submission in plan)
 
 
@@ -96,7 +99,7 @@ def test_the_order_of_the_counts_does_not_matter(shards: Shards, random: object)
 
 @given(st.integers(0, 12))
 def test_a_finished_run_needs_nothing(num_shards: int) -> None:
-    assert plan_submissions(counts([(0, 0)] * num_shards)) == ()
+    assert plan_submissions(counts([(0, 0, 0)] * num_shards)) == ()
 
 
 def test_a_run_whose_items_all_failed_needs_nothing() -> None:
@@ -104,8 +107,7 @@ def test_a_run_whose_items_all_failed_needs_nothing() -> None:
     assert plan_submissions(failed) == ()
 
 
-def test_a_new_run_is_two_arrays() -> None:
-    assert plan_submissions(counts([(3, 3), (3, 3)])) == (
-        Submission(stage="first_frame", shards=(0, 1), after=False),
-        Submission(stage="video", shards=(0, 1), after=True),
-    )
+def test_a_new_run_is_an_array_for_each_stage() -> None:
+    two = tuple(Submission(stage=stage, shards=(0, 1), after=stage != "first_frame") for stage in STAGES)
+    assert plan_submissions(counts([(3, 3, 3), (3, 3, 3)])) == two
+    assert plan_submissions(counts([(3, 3, 0), (3, 3, 0)])) == two[:2]

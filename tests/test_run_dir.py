@@ -77,7 +77,7 @@ def test_an_item_is_done_failed_or_missing_by_its_files_alone(states: list[str])
         run = RunDir(Path(folder))
         for item, state in zip(items, states, strict=True):
             put(run, item.key, state)
-        first_frames, videos = (run.count(stage, 0, keys_of(items)) for stage in STAGES)
+        first_frames, videos = (run.count(stage, 0, keys_of(items)) for stage in run.stages())
     made, failed = (
         sum(state in ("first_frame", "latents", "video", "video failed") for state in states),
         states.count("first_frame failed"),
@@ -107,8 +107,8 @@ def test_an_item_that_failed_once_and_was_made_later_is_done(run: RunDir) -> Non
     items = run.shard(0)
     run.save_failure(Failure(key=items[0].key, stage="first_frame", reason="no face"))
     put(run, items[0].key, "video")
-    assert [run.count(stage, 0, keys_of(items)).done for stage in STAGES] == [1, 1]
-    assert [run.count(stage, 0, keys_of(items)).failed for stage in STAGES] == [0, 0]
+    assert [run.count(stage, 0, keys_of(items)).done for stage in run.stages()] == [1, 1]
+    assert [run.count(stage, 0, keys_of(items)).failed for stage in run.stages()] == [0, 0]
 
 
 def test_scratch_files_are_no_records(run: RunDir) -> None:
@@ -121,7 +121,7 @@ def test_scratch_files_are_no_records(run: RunDir) -> None:
         touch(path.with_name(f".{path.name}.77-0a1b2c3d.tmp"))
         touch(path.with_name(f".{path.name}"))
         touch(path.with_name(f"{path.name}.tmp"))
-    assert [run.count(stage, 0, keys_of(items)).missing for stage in STAGES] == [4, 4]
+    assert [run.count(stage, 0, keys_of(items)).missing for stage in run.stages()] == [4, 4]
 
 
 def test_a_neighbour_shard_of_the_same_run_is_not_counted(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,7 @@ PACK_FILES: dict[str, tuple[str, ...]] = {
 DETECTION_SIZES = (640, 512, 384, 256)  # tried in this order: a face that fills the photo is found at a small size only
 SCORE_THRESHOLD, OVERLAP_THRESHOLD = 0.5, 0.4  # det_thresh of prepare, nms_thresh of SCRFD; insightface 2.1
 _STRIDES, _ANCHORS_PER_CELL = (8, 16, 32), 2  # SCRFD of 9 outputs, insightface 2.1 model_zoo/scrfd.py
-_LANDMARK_SIZE, _GENDER_SIZE, _ARCFACE_SIZE = 192, 96, 112  # sides of the models' inputs, pixels
+_LANDMARK_SIZE, _GENDER_SIZE, ARCFACE_SIZE = 192, 96, 112  # sides of the models' inputs, pixels
 _ARCFACE_POINTS = np.array(  # eyes, nose, corners of the mouth in the 112x112 crop, insightface 2.1 utils/face_align.py
     [38.2946 + 51.6963j, 73.5318 + 51.5014j, 56.0252 + 71.7366j, 41.5493 + 92.3655j, 70.7299 + 92.2041j]
 )
@@ -61,8 +61,27 @@ class Detection:
     points: NDArray[np.complex128]  # [5], eyes, nose, corners of the mouth
 
 
+FoundT = TypeVar("FoundT", Face, Detection)
 Analyse = Callable[[ImageHWC], tuple[Face, ...]]  # image_HWC 0..255 RGB -> its faces, best score first
 Detect = Callable[[ImageHWC, int], tuple[Detection, ...]]  # (image_HWC, side of the detector's input in pixels)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recogniser:
+    """The pack's detector and its ArcFace alone: what is asked of every frame of a video."""
+
+    detect: Detect
+    embed: Callable[[ImageHWC, Detection], NDArray[np.float32]]  # [D], length 1
+
+
+def load_recogniser(pack: Path, *, device: Literal["cpu", "cuda"] = "cpu") -> Recogniser:
+    """The two models by themselves. Raises what load_face_analysis raises."""
+    files = pack_files(pack)
+    detection, recognition = (_session(files[role], device) for role in ("detection", "recognition"))
+    return Recogniser(
+        detect=lambda image_HWC, side: _detect(image_HWC, side, detection),
+        embed=lambda image_HWC, found: _embed(image_HWC, found, recognition),
+    )
 
 
 def load_face_analysis(pack: Path, *, device: Literal["cpu", "cuda"] = "cpu") -> Analyse:
@@ -73,8 +92,7 @@ def load_face_analysis(pack: Path, *, device: Literal["cpu", "cuda"] = "cpu") ->
     sessions = {role: _session(path, device) for role, path in pack_files(pack).items()}
 
     def detect(image_HWC: ImageHWC, side: int) -> tuple[Detection, ...]:
-        blob, scale = _detector_input(image_HWC, side)
-        return best_of_overlapping(_detections(_run(sessions["detection"], blob), side=side, scale=scale))
+        return _detect(image_HWC, side, sessions["detection"])
 
     def analyse(image_HWC: ImageHWC) -> tuple[Face, ...]:
         return tuple(_describe(image_HWC, one, sessions) for one in detect_at_first_size(detect, image_HWC))
@@ -109,7 +127,7 @@ def pack_files(pack: Path) -> dict[str, Path]:
     return found
 
 
-def largest(faces: Sequence[Face]) -> Face:
+def largest(faces: Sequence[FoundT]) -> FoundT:
     """The face with the largest box; of equals the first. Raises ValueError if there is none."""
     return max(faces, key=lambda face: _area(face.box_xyxy))
 
@@ -133,6 +151,11 @@ def similarity(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
 def detect_at_first_size(detect: Detect, image_HWC: ImageHWC) -> tuple[Detection, ...]:
     """What is detected at the first of DETECTION_SIZES that finds anything; () if none does."""
     return next(filter(None, (detect(image_HWC, side) for side in DETECTION_SIZES)), ())
+
+
+def _detect(image_HWC: ImageHWC, side: int, session: InferenceSession) -> tuple[Detection, ...]:
+    blob, scale = _detector_input(image_HWC, side)
+    return best_of_overlapping(_detections(_run(session, blob), side=side, scale=scale))
 
 
 def best_of_overlapping(detections: Sequence[Detection]) -> tuple[Detection, ...]:
@@ -199,15 +222,25 @@ def _describe(image_HWC: ImageHWC, found: Detection, sessions: dict[str, Inferen
     crop_HWC = _crop(image_HWC, *box_to_crop(found.box_xyxy, _GENDER_SIZE), _GENDER_SIZE)
     female, male, _age = _run(sessions["gender"], _blob(crop_HWC, mean=0.0, std=1.0))[0].reshape(-1)
 
-    crop_HWC = _crop(image_HWC, *align(found.points), _ARCFACE_SIZE)
-    embedding = _run(sessions["recognition"], _blob(crop_HWC, mean=127.5, std=127.5))[0].reshape(-1)
     return Face(
         box_xyxy=found.box_xyxy,
         score=found.score,
         landmarks_106=np.stack([landmarks.real, landmarks.imag], axis=1).astype(np.float32),
         is_male=bool(male > female),
-        embedding=(embedding / np.linalg.norm(embedding)).astype(np.float32),
+        embedding=_embed(image_HWC, found, sessions["recognition"]),
     )
+
+
+def _embed(image_HWC: ImageHWC, found: Detection, session: InferenceSession) -> NDArray[np.float32]:
+    crop_HWC = aligned(image_HWC, found, ARCFACE_SIZE)
+    embedding = _run(session, _blob(crop_HWC, mean=127.5, std=127.5))[0].reshape(-1)
+    return (embedding / np.linalg.norm(embedding)).astype(np.float32)
+
+
+def aligned(image_HWC: ImageHWC, found: Detection, size: int) -> NDArray[np.float32]:
+    """[size,size,3], 0..255 in whole levels: the face, turned and scaled; insightface's norm_crop of a multiple of 112."""
+    turn, shift = align(found.points)
+    return _crop(image_HWC, turn * (size / ARCFACE_SIZE), shift * (size / ARCFACE_SIZE), size)
 
 
 def box_to_crop(box_xyxy: NDArray[np.float32], size: int) -> tuple[complex, complex]:
