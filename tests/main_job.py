@@ -131,10 +131,10 @@ def assert_same_videos(ours: dict[str, MadeItem], theirs: dict[str, MadeItem], *
             assert one.mp4_sha256 == other.mp4_sha256, key
 
 
-def pid_of_rank(run: RunDir, shard: int, rank: int) -> int:
-    """The process that is a rank of a video element on the test cluster. Raises AssertionError if there is none."""
+def pid_of_rank(run: RunDir, shard: int, rank: int, stage: str = "video") -> int:
+    """The process that is a rank of an element on the test cluster. Raises AssertionError if there is none."""
     wanted = {f"SLURM_ARRAY_TASK_ID={shard}".encode(), f"SLURM_PROCID={rank}".encode()}
-    arguments = {b"launch.element", str(run.jobs_path("video")).encode()}
+    arguments = {b"launch.element", str(run.jobs_path(stage)).encode()}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             found, variables = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
@@ -142,4 +142,4 @@ def pid_of_rank(run: RunDir, shard: int, rank: int) -> int:
             continue
         if Path(found[0].decode()).name.startswith("python") and arguments <= set(found) and wanted <= set(variables):
             return int(process.name)
-    raise AssertionError(f"no process of video shard {shard} rank {rank}")
+    raise AssertionError(f"no process of {stage} shard {shard} rank {rank}")

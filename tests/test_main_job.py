@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -28,7 +29,9 @@ from PIL import Image
 
 from ipt2v.hdf5 import sealed_keys
 from ipt2v.mp4 import inspect_mp4
+from ipt2v.records import Score
 from ipt2v.run_dir import RunDir
+from ipt2v.score_dir import read_scores
 from ipt2v.testsets import read_testset
 from slurm.devcluster import Cluster
 
@@ -160,24 +163,25 @@ def killed(
 ) -> tuple[RunDir, dict[str, MadeItem], str]:
     """A run of 5 shards on SLURM, one video element of it killed half way: folder, what was made by then, output and queue."""
     runs = tmp_path_factory.mktemp("slurm")
-    output = ipt2v("submit", CONFIG, *_slurm_words(testset, toy_weights, runs), environment=cluster.environment)
+    words = _slurm_words(testset, toy_weights, runs)
+    output = ipt2v("submit", CONFIG, *words, environment=cluster.environment)
     run = run_folder(output)
     queue = call("squeue", "-h", "-r", "-o", "%i|%j|%E", environment=cluster.environment)
     _kill_a_video_element(run)
-    deadline = time.monotonic() + 600
-    while any(row["queue"] for row in json.loads(_status(run, cluster))):
-        assert time.monotonic() < deadline, _status(run, cluster)
-        time.sleep(2)
+    _wait_until_idle(run, cluster)
     return run, collect(run), output + queue
 
 
 @pytest.mark.slurm
-def test_both_arrays_are_queued_at_once_the_second_by_aftercorr(killed: tuple[RunDir, dict[str, MadeItem], str]) -> None:
+def test_all_arrays_are_queued_at_once_each_by_aftercorr_of_the_one_before(
+    killed: tuple[RunDir, dict[str, MadeItem], str],
+) -> None:
     _, _, output = killed
     (first,) = (line.split()[1] for line in output.splitlines() if line.startswith("array") and "first_frame" in line)
-    waiting = [line for line in output.splitlines() if f"aftercorr:{first}_" in line]
-    assert f"aftercorr:{first}" in output
-    assert len(waiting) == 5
+    (second,) = (line.split()[1] for line in output.splitlines() if line.startswith("array") and "video" in line)
+    for parent in (first, second):  # the videos, and their scores
+        assert f"aftercorr:{parent}" in output
+        assert len([line for line in output.splitlines() if f"aftercorr:{parent}_" in line]) == 5
 
 
 @pytest.mark.slurm
@@ -192,7 +196,7 @@ def test_after_a_sigkill_submitting_again_makes_the_missing_items_only(
     assert 40 < len(before) <= 50  # one of five elements died with something done; the others may have made the rest
     words = _slurm_words(testset, toy_weights, run.root.parent)
     output = ipt2v("submit", CONFIG, *words, "--wait", environment=cluster.environment)
-    assert output.count("array ") == (len(before) < 50), "only the video element that died is submitted again"
+    assert output.count(" video ") == (len(before) < 50), "only the video element that died is submitted again"
     after = collect(run)
     assert len(after) == 50
     for key, item in before.items():
@@ -205,6 +209,27 @@ def test_after_a_sigkill_submitting_again_makes_the_missing_items_only(
         assert (facts.num_frames, facts.width, facts.height, facts.fps, facts.codec) == (9, 48, 32, 16.0, "h264")
     assert not list(run.root.rglob("*.tmp"))
     assert "50 videos" in ipt2v("package", run.root)
+    assert len(_scores(run)) == 50 * 1
+
+
+@pytest.mark.slurm
+def test_scores_that_were_there_before_a_sigkill_are_not_measured_again(
+    killed: tuple[RunDir, dict[str, MadeItem], str], cluster: Cluster, testset: Path, toy_weights: Path
+) -> None:
+    """The 50 videos of the run, and two metrics more than it had: only the third array, and of what is new only."""
+    run, first_scores = killed[0], _scores(killed[0])
+    words = (*_slurm_words(testset, toy_weights, run.root.parent), "score.metrics=[clip_score, face_arc, iq]")
+    output = ipt2v("submit", CONFIG, *words, environment=cluster.environment)
+    assert output.count("array ") == output.count(" score ") == 1
+    _kill_a_score_element(run)
+    _wait_until_idle(run, cluster)
+    before = _scores(run)
+    assert 50 < len(before) < 150
+    assert "score 50/50" in ipt2v("submit", CONFIG, *words, "--wait", environment=cluster.environment)
+    after = _scores(run)
+    assert len(after) == 150
+    assert {place: after[place] for place in (*first_scores, *before)} == first_scores | before
+    assert all(score.value is not None for score in after.values())
 
 
 @pytest.mark.slurm
@@ -271,7 +296,7 @@ def _times(run: RunDir) -> dict[Path, int]:
 
 def _slurm_words(testset: Path, weights: Path, runs: Path) -> tuple[str | Path, ...]:
     words = (f"testset.path={testset}", *SMALL, "--on", "slurm", "--cluster", CLUSTERS / "devcluster.yaml", "--shards", "5")
-    return (*words, "--weights", weights, "--runs", runs)
+    return (*words, "score.metrics=[clip_score]", "--weights", weights, "--runs", runs)
 
 
 def _status(run: RunDir, cluster: Cluster) -> str:
@@ -290,6 +315,34 @@ def _first_identities(testset: Path, tmp_path: Path, number: int) -> Path:
     for identity in [f"id{index:03d}" for index in range(1, number + 1)]:
         (folder / identity).symlink_to((testset / identity).resolve())
     return folder
+
+
+def _wait_until_idle(run: RunDir, cluster: Cluster) -> None:
+    deadline = time.monotonic() + 600
+    while any(row["queue"] for row in json.loads(_status(run, cluster))):
+        assert time.monotonic() < deadline, _status(run, cluster)
+        time.sleep(2)
+
+
+def _scores(run: RunDir) -> dict[tuple[str, str], Score]:
+    """Every row that is on the disk, of items that are not finished too."""
+    rows = [row for path in run.root.glob("score/**/*.csv") for row in read_scores(path)]
+    return {(row.key, row.metric): row for row in rows}
+
+
+def _kill_a_score_element(run: RunDir) -> None:
+    """SIGKILL whichever score element has written a row of what is measured now."""
+    store, deadline = run.scores(), time.monotonic() + 300
+    assert store is not None
+    while True:
+        assert time.monotonic() < deadline, "no score after 5 minutes"
+        begun = {path.parent.name for path in store.folder.glob("*/*/*.csv")}
+        for shard in range(5):
+            if begun & {key.partition("/")[0] for key in run.shard_keys(shard)}:
+                with contextlib.suppress(AssertionError, ProcessLookupError):  # it has ended by itself
+                    os.kill(pid_of_rank(run, shard, 0, "score"), signal.SIGKILL)
+                    return
+        time.sleep(0.05)
 
 
 def _kill_a_video_element(run: RunDir) -> None:

@@ -36,7 +36,8 @@ def _seed() -> int:
 def _write_face_pack(folder: Path) -> None:
     from ipt2v.models.toy_faces import toy_face_pack
 
-    toy_face_pack(folder, seed=_seed(), detector="det_10g.onnx", recogniser="w600k_r50.onnx")
+    sides = (640, 512, 384, 320, 256)  # 320: where ConsisID looks
+    toy_face_pack(folder, seed=_seed(), seen_at=sides, detector="det_10g.onnx", recogniser="w600k_r50.onnx")
 
 
 def _write_network(folder: Path, *, role: str) -> None:
