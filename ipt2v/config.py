@@ -246,12 +246,21 @@ class ScoreModelsConfig(Settings):
     raft: str = "RAFT-things"
 
 
+class AcceptConfig(Settings):
+    """When a video is good enough. `submit --rejected` makes others again, with another seed; the best take is delivered."""
+
+    at_least: dict[Metric, float] = {}
+    at_most: dict[Metric, float] = {}
+    max_takes: int = Field(3, ge=1)  # of an item, the first one included
+
+
 class ScoreConfig(Settings):
     """What a third array measures of the delivered videos; no pixels, so a run may be scored anew in another way."""
 
     metrics: tuple[Metric, ...] = ()  # none: no third array
     models: ScoreModelsConfig = ScoreModelsConfig()
     batch_size: int = Field(8, ge=1)  # frames, or pairs of frames, on the device at once
+    accept: AcceptConfig = AcceptConfig()
 
     @field_validator("metrics", mode="before")
     @classmethod
@@ -265,6 +274,13 @@ class ScoreConfig(Settings):
             raise ValueError(f"found a metric twice in {', '.join(metrics)}; name each once")
         return metrics
 
+    @model_validator(mode="after")
+    def _rules_are_measured(self) -> Self:
+        for metric in (*self.accept.at_least, *self.accept.at_most):
+            if metric not in self.metrics:
+                raise ValueError(f"accept: found a rule for {metric}, which is not measured; add it to metrics")
+        return self
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring:
@@ -275,8 +291,9 @@ class Scoring:
 
     @property
     def digest(self) -> str:
-        """12 hex digits; names the folder of these scores."""
-        text = json.dumps({"config": self.config.model_dump(mode="json"), "weights": self.weights}, sort_keys=True)
+        """12 hex digits; names the folder of these scores. Rules are about scores, they change none."""
+        measured = self.config.model_dump(mode="json", exclude={"accept"})
+        text = json.dumps({"config": measured, "weights": self.weights}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -58,6 +58,11 @@ def item_seed(base_seed: int, key: str, purpose: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1  # torch.Generator.manual_seed takes a signed 64-bit number
 
 
+def take_seed(base_seed: int, key: str, take: int) -> int:
+    """The base seed of an item's take: the run's own for take 1, and for each that follows a rejected one another."""
+    return base_seed if take == 1 else item_seed(base_seed, key, f"take {take}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """What the LLM said."""
@@ -101,6 +106,7 @@ class FirstFrame:
     notes: tuple[str, ...]  # what fell back to something else on the way, and why
     temporal: TextEmbedding
     negative: TextEmbedding
+    take: int = 1  # above 1: as many videos of the item but one were rejected before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

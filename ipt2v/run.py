@@ -81,7 +81,8 @@ def _first_frames(work: Work, group: Group, todo: tuple[Item, ...]) -> Iterator[
 
     quiet_libraries()
     remember = partial(answer_all, folder=work.run.answers_path, batch_size=work.config.decouple.batch_size)
-    return first_frame.make(todo, work.config, work.weights_dir, group, remember)
+    takes = {key: 1 + number for key, number in work.run.numbers_of_takes(work.keys).items()}
+    return first_frame.make(todo, work.config, work.weights_dir, group, remember, takes)
 
 
 def _verify_split(work: Work, group: Group) -> bool:

@@ -7,6 +7,7 @@
     video/{leases,positions,crashes}/<key>...                          who is at work on it, how far it is, who fell over it
     failure/<stage>/<key>.json                                         an item that cannot be made, and why
     score.json  score/<digest>/parts/<key>.csv -> score/<digest>/000.csv   what is measured; all scores of one item
+    takes/<key>/<number>/                                              a video that was rejected, its records and scores
     verify_split/000.json                                              one video on all ranks against one rank
     package/  jobs/<stage>/                                            the leaderboard's zip; submitit's pickles and logs
 
@@ -118,6 +119,17 @@ class RunDir:
     @property
     def scoring_path(self) -> Path:
         return self.root / "score.json"
+
+    def takes_path(self, key: str) -> Path:
+        """Where the rejected takes of an item are kept."""
+        return self.root / "takes" / key
+
+    def numbers_of_takes(self, keys: Collection[str]) -> dict[str, int]:
+        """key -> how many takes were rejected, of those that had any."""
+        if not (self.root / "takes").exists():
+            return {}
+        numbers = {key: [int(path.name) for path in self.takes_path(key).glob("[0-9]*")] for key in keys}
+        return {key: max(found) for key, found in numbers.items() if found}
 
     def scoring(self) -> Scoring | None:
         """What is measured; None for a run that is not scored. Raises ValueError if the file is damaged."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ipt2v.config import Metric, RunConfig
 from ipt2v.records import Score
 from ipt2v.run_dir import RunDir
+from ipt2v.takes import best_takes, rejected
 
 LABELS: dict[Metric, str] = {
     "arc_sim": "Arc-Sim↑",
@@ -134,26 +135,35 @@ class Scored:
     values: Mapping[Metric, Mapping[str, float | None]]
     scorers: Mapping[Metric, str]  # digest of what measured
     num_missing: int = 0  # items without scores, yet or for good
+    num_rejected: int = 0  # by the run's rules, if it has any
 
 
 def scored(run: RunDir) -> Scored:
-    """Every finished score of a run. Raises ValueError for a run that is not scored, or not yet."""
-    scoring, store = run.scoring(), run.scores()
-    if scoring is None or store is None:
+    """Every score of a run's delivered videos. Raises ValueError for a run that is not scored, or not yet."""
+    scoring = run.scoring()
+    if scoring is None:
         raise ValueError(f"{run.root}: this run is not scored; set score.metrics in its config, and submit again")
     rows: list[Score] = []
     num_items = 0
     for shard in range(run.environment().num_shards):
         keys = run.shard_keys(shard)
-        rows, num_items = rows + store.rows(shard, keys), num_items + len(keys)
+        rows += [row for take in best_takes(run, shard, keys).values() for row in take.rows]
+        num_items += len(keys)
     if not rows:
         raise ValueError(f"{run.root}: no scores yet; `ipt2v status {run.root}` says how far it is")
     values: dict[Metric, dict[str, float | None]] = {metric: {} for metric in scoring.config.metrics}
     for row in rows:
-        values[row.metric][row.key] = row.value  # type: ignore[index]
-    scorers = {row.metric: row.scorer for row in rows}
-    num_missing = num_items - len({row.key for row in rows})
-    return Scored(name=run.root.name, config=run.config(), values=values, scorers=scorers, num_missing=num_missing)  # type: ignore[arg-type]
+        if row.metric in values:  # an older take may have been measured in another way
+            values[row.metric][row.key] = row.value  # type: ignore[index]
+    accept = scoring.config.accept
+    return Scored(
+        name=run.root.name,
+        config=run.config(),
+        values=values,
+        scorers={row.metric: row.scorer for row in rows},  # type: ignore[misc]
+        num_missing=num_items - len({row.key for row in rows}),
+        num_rejected=len(rejected(run)) if accept.at_least or accept.at_most else 0,
+    )
 
 
 def make_table(runs: Sequence[Scored], *, normalised: bool = False) -> list[Line]:

@@ -107,6 +107,9 @@ def submit(  # noqa: PLR0913, PLR0917 - options of a command line
     runs: RunsOption = None,
     rehearse: RehearseOption = False,
     wait: Annotated[bool, typer.Option("--wait", help="with --on slurm: show progress until the queue is done")] = False,
+    rejected: Annotated[
+        bool, typer.Option("--rejected", help="make what score.accept rejects again, with another seed")
+    ] = False,
 ) -> None:
     """Make what is missing of a run; submitting again goes on with it. Finished items are never made twice."""
     from ipt2v.run_dir import free_leases_of_the_dead
@@ -114,6 +117,7 @@ def submit(  # noqa: PLR0913, PLR0917 - options of a command line
     from launch.lock import run_lock
     from launch.progress import wait_for_queue
     from launch.queue import living, settle
+    from launch.rejects import reject
 
     prepared, site = _prepare(config, _rehearsed(overrides, rehearse), cluster, shards, weights, runs)
     _check_ranks(prepared, site, on)
@@ -124,6 +128,8 @@ def submit(  # noqa: PLR0913, PLR0917 - options of a command line
             settle(run, final=True)
         arrays = living(run, for_slurm=on == Place.slurm)
         free_leases_of_the_dead(run, {shard for array in arrays if array.stage == "video" for shard in array.live})
+        if rejected:
+            print("\n".join(reject(run, {shard for array in arrays for shard in array.live})), flush=True)
         problems = _start(run, site, _todo(prepared, arrays), on)
     if wait and on == Place.slurm:
         wait_for_queue(run)

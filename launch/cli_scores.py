@@ -11,8 +11,7 @@ app = typer.Typer()
 
 
 @app.command(
-    epilog="Examples: ipt2v table runs/r2v-1a2b3c4d runs/t2i_i2v-5e6f7a8b;  "
-    "ipt2v table runs/r2v-1a2b3c4d --out scores --vbench"
+    epilog="Examples: ipt2v table runs/r2v-1a2b3c4d runs/t2i_i2v-5e6f7a8b;  ipt2v table runs/r2v-1a2b3c4d --out scores --vbench"
 )
 def table(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders; the others are compared with the first")],
@@ -37,5 +36,7 @@ def table(
         write_text(folder / name, content)
     for one in found:
         if one.num_missing:
-            print(f"{one.name}: {one.num_missing} videos are not scored yet")
+            print(f"{one.name}: {one.num_missing} videos are not scored")
+        if one.num_rejected:
+            print(f"{one.name}: {one.num_rejected} videos are rejected; `ipt2v submit CONFIG --rejected` makes them again")
     print(f"{folder / 'table.md'}, .csv and .json")

@@ -99,11 +99,13 @@ CHOICES = {
     "cpu_offload": True,
     "metrics": ["dd", "oc"],
     "identities": 7,
+    "at_least": {"dd": 1.0},
+    "at_most": {"dd": 0.0},
 }
 # zero3: without it, cpu_offload has no other legal value
 SMALL = parse_settings(
     RunConfig,
-    {"name": "small", "testset": {"path": "here"}}
+    {"name": "small", "testset": {"path": "here"}, "score": {"metrics": ["dd"]}}
     | {block: {"weights_sharding": "zero3"} for block in ("decouple", "text_encoder", "video")},
     where="test",
 )

@@ -16,8 +16,12 @@ LAYERS = (
     ("testsets",),
     ("answers", "delivery", "hdf5", "mp4", "score_dir"),
     ("run_dir",),
+    ("takes",),
     ("table",),
-    ("package", "report"),
+    ("report_page",),
+    ("package_settings", "package_reading", "package_zip", "package_manifest"),
+    ("package_look",),
+    ("package", "report", "verify"),
     ("xdit",),
     ("parallel",),
     ("models",),
@@ -32,8 +36,13 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = {"answers", "atomic", "delivery", "hdf5", "leases", "listing", "mp4", "run_dir", "score_dir"} | {
     "package",
+    "package_look",
+    "package_reading",
+    "package_zip",
     "report",
+    "verify",
     "table",
+    "takes",
     "testsets",
     "manifest",
 }

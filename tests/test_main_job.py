@@ -196,7 +196,7 @@ def test_after_a_sigkill_submitting_again_makes_the_missing_items_only(
     assert 40 < len(before) <= 50  # one of five elements died with something done; the others may have made the rest
     words = _slurm_words(testset, toy_weights, run.root.parent)
     output = ipt2v("submit", CONFIG, *words, "--wait", environment=cluster.environment)
-    assert output.count(" video ") == (len(before) < 50), "only the video element that died is submitted again"
+    assert output.count(" video, ") == (len(before) < 50), "only the video element that died is submitted again"
     after = collect(run)
     assert len(after) == 50
     for key, item in before.items():
@@ -220,7 +220,7 @@ def test_scores_that_were_there_before_a_sigkill_are_not_measured_again(
     run, first_scores = killed[0], _scores(killed[0])
     words = (*_slurm_words(testset, toy_weights, run.root.parent), "score.metrics=[clip_score, face_arc, iq]")
     output = ipt2v("submit", CONFIG, *words, environment=cluster.environment)
-    assert output.count("array ") == output.count(" score ") == 1
+    assert output.count("array ") == output.count(" score, ") == 1
     _kill_a_score_element(run)
     _wait_until_idle(run, cluster)
     before = _scores(run)

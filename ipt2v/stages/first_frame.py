@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -32,9 +34,14 @@ Remember = Callable[[Sequence[str], Generate], list[Answer]]
 
 
 def make(
-    items: Sequence[Item], config: RunConfig, weights_dir: Path, group: Group, remember: Remember
+    items: Sequence[Item],
+    config: RunConfig,
+    weights_dir: Path,
+    group: Group,
+    remember: Remember,
+    takes: Mapping[str, int] = MappingProxyType({}),
 ) -> Iterator[Made[FirstFrame] | Failure]:
-    """One first frame or failure for each item of this rank's share.
+    """One first frame or failure for each item of this rank's share; `takes` has the take of those beyond their first.
 
     One model after the other, so that the largest alone sets the memory. The painter is slow and comes last, so that each
     painted item is a finished record; all others go over all items before it. Several ranks hold a part of the LLM each, and
@@ -57,13 +64,14 @@ def make(
     decoupled = split_prompts(pairs, config, weights_dir, group, remember)
     texts = [config.video.negative_prompt, *(one.temporal for one in decoupled)]
     embeddings = embed(texts, config, weights_dir, group)
-    paint = load_painting(portraits, config, weights_dir, device, analyse)
+    paint = load_painting(portraits, config, weights_dir, device, analyse, takes)
     shared_seconds = (time.monotonic() - start) / len(good)
 
     for item, prompts in zip(good, decoupled, strict=True):
         start, portrait = time.monotonic(), portraits[item.photos]
         picture = paint(item, prompts.spatial)
         record = record_of(item, portrait, prompts, picture, (embeddings[prompts.temporal], embeddings[texts[0]]))
+        record = replace(record, take=takes.get(item.key, 1))
         yield Made(record=record, seed=picture.attempt.seed, seconds=shared_seconds + time.monotonic() - start)
 
 

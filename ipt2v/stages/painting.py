@@ -21,7 +21,7 @@ from ipt2v.models.hyperlora.load import load_hyperlora
 from ipt2v.models.hyperlora.network import IdentityLoRA
 from ipt2v.models.sdxl import Painter, load_painter, unet_on_meta
 from ipt2v.parallel import release
-from ipt2v.records import Attempt, Item, Photo, item_seed
+from ipt2v.records import Attempt, Item, Photo, item_seed, take_seed
 from ipt2v.stages.portraits import Portrait, coefficients_of
 
 PEOPLE_AT_ONCE = 32  # 1.5 GB of LoRAs
@@ -41,12 +41,23 @@ class Picture:
 
 
 def load_painting(
-    portraits: Mapping[Photos, Portrait], config: RunConfig, weights_dir: Path, device: torch.device, analyse: Analyse
+    portraits: Mapping[Photos, Portrait],
+    config: RunConfig,
+    weights_dir: Path,
+    device: torch.device,
+    analyse: Analyse,
+    takes: Mapping[str, int],
 ) -> Paint:
     """paint(item, spatial prompt) -> the picture that the item's video starts from; of reference-to-video there is none."""
+
+    def seeded(key: str) -> RunConfig:
+        return config.model_copy(update={"seed": take_seed(config.seed, key, takes.get(key, 1))})
+
     if not config.starts_from_first_frame:
         return lambda item, prompt: Picture(
-            image_HWC=None, attempt=Attempt(seed=item_seed(config.seed, item.key, "paint 0"), similarity=None), attempts=()
+            image_HWC=None,
+            attempt=Attempt(seed=item_seed(seeded(item.key).seed, item.key, "paint 0"), similarity=None),
+            attempts=(),
         )
     identity = load_identities(portraits, config, weights_dir, device)
     painter = load_painter(weights_dir / config.first_frame.model, config.first_frame, device=device)
@@ -54,7 +65,7 @@ def load_painting(
 
     def paint(item: Item, prompt: str) -> Picture:
         prompt = become(item.photos) + prompt
-        return paint_best(item.key, prompt, portraits[item.photos].faces, config, painter, analyse)
+        return paint_best(item.key, prompt, portraits[item.photos].faces, seeded(item.key), painter, analyse)
 
     return paint
 

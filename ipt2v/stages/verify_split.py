@@ -13,7 +13,8 @@ from ipt2v.config import RunConfig, VideoConfig
 from ipt2v.models.vace.engine import agreed_split
 from ipt2v.models.vace.load import load_animator
 from ipt2v.parallel import Group, release
-from ipt2v.records import FirstFrame, item_seed
+from ipt2v.records import FirstFrame
+from ipt2v.stages.video import video_seed
 
 MAX_STEPS = 4  # a wrong split shows in the first; more would only take the one rank longer
 
@@ -39,7 +40,7 @@ class SplitCheck:
 def check_split(first_frame: FirstFrame, config: RunConfig, weights_dir: Path, group: Group) -> SplitCheck | None:
     """The check on rank 0, None on the others. To be called on all ranks."""
     settings = config.video.model_copy(update={"num_inference_steps": min(MAX_STEPS, config.video.num_inference_steps)})
-    folder, seed = weights_dir / settings.model, item_seed(config.seed, first_frame.key, "video")
+    folder, seed = weights_dir / settings.model, video_seed(config, first_frame)
     split = agreed_split(folder, settings, group, None)  # on all ranks: they compare their GPUs' memory
     found, seconds_split = _animate(folder, settings, group, first_frame, seed)
     if not group.is_first:
