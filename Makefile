@@ -9,7 +9,7 @@ TORCH := $(shell grep -i '^torch==' constraints.txt)
 demo: $(VENV)/.demo-installed
 	$(BIN)/ipt2v demo
 
-test: $(VENV)/.test-installed slurm-packages lint
+test: $(VENV)/.test-installed slurm-packages browser-packages lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(VENV)/.test-installed
@@ -42,6 +42,17 @@ slurm-packages:
 	else \
 		echo "SLURM is not installed, and installing it needs root: its tests will be skipped."; \
 		echo "For all tests: sudo apt-get install --no-install-recommends $$(tr '\n' ' ' < slurm/apt.txt)"; \
+	fi
+
+# likewise the tests of the report's page, which open it in Chromium
+.PHONY: browser-packages
+browser-packages:
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends $$(cat tests/apt.txt); \
+	else \
+		echo "Chromium is not installed, and installing it needs root: its tests will be skipped."; \
+		echo "For all tests: sudo apt-get install --no-install-recommends $$(tr '\n' ' ' < tests/apt.txt)"; \
 	fi
 
 clean:

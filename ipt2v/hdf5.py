@@ -88,7 +88,7 @@ def load_first_frame(path: Path, key: str, *, run_digest: str) -> FirstFrame:
             notes=tuple(json.loads(group.attrs["notes"])),
             temporal=_load_text(file, group.attrs["temporal_text"]),
             negative=_load_text(file, group.attrs["negative_text"]),
-            take=int(group.attrs["take"]),
+            take=int(group.attrs.get("take", 1)),  # older files say none
         )
 
 

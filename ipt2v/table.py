@@ -154,7 +154,7 @@ def scored(run: RunDir) -> Scored:
     values: dict[Metric, dict[str, float | None]] = {metric: {} for metric in scoring.config.metrics}
     for row in rows:
         if row.metric in values:  # an older take may have been measured in another way
-            values[row.metric][row.key] = row.value  # type: ignore[index]
+            values[row.metric][row.key] = row.value
     accept = scoring.config.accept
     return Scored(
         name=run.root.name,

@@ -32,6 +32,7 @@ class Take:
     number: int  # from 1
     mp4: Path
     rows: tuple[Score, ...]
+    kept: Path | None = None  # its folder, if it was rejected once; else its records are where all are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,8 @@ def kept_takes(run: RunDir, key: str) -> list[Take]:
     """The rejected takes of an item, oldest first."""
     folders = sorted((path for path in run.takes_path(key).glob("[0-9]*")), key=lambda path: int(path.name))
     return [
-        Take(number=int(path.name), mp4=path / "video.mp4", rows=tuple(read_scores(path / "scores.csv"))) for path in folders
+        Take(number=int(path.name), mp4=path / "video.mp4", rows=tuple(read_scores(path / "scores.csv")), kept=path)
+        for path in folders
     ]
 
 
