@@ -24,6 +24,7 @@ from ipt2v.metrics.quality import aesthetic_quality, imaging_quality, overall_co
 from ipt2v.metrics.raft import load_raft
 from ipt2v.metrics.viclip import load_viclip
 from ipt2v.models.score_weights import file_of, vocabulary_of
+from ipt2v.watch import beat
 
 Measure = Callable[[Delivered, Collection[Metric]], Values]  # the wanted ones of its family, of one video
 VICLIP_TOKENS, CLIP_TOKENS = 32, 77
@@ -35,6 +36,16 @@ class Family:
 
     metrics: frozenset[Metric]
     load: Callable[[ScoreConfig, Path, torch.device], Measure]
+
+
+def _alive(network: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same, with a sign of life for each batch: on a CPU the flow of one video takes longer than a stall may."""
+
+    def call(*images: torch.Tensor) -> torch.Tensor:
+        beat()
+        return network(*images)
+
+    return call
 
 
 def _amplitude(config: ScoreConfig, weights_dir: Path, device: torch.device) -> Measure:
@@ -78,26 +89,26 @@ def _likeness_to_text(config: ScoreConfig, weights_dir: Path, device: torch.devi
 def _beauty(config: ScoreConfig, weights_dir: Path, device: torch.device) -> Measure:
     network = load_clip(file_of("clip_l", weights_dir, config)).to(device)
     head = load_head(file_of("aesthetic", weights_dir, config)).to(device)
-    score = partial(aesthetic_quality, embed_images=network.encode_image, head=head, device=device)
+    score = partial(aesthetic_quality, embed_images=_alive(network.encode_image), head=head, device=device)
     return lambda video, wanted: {"aq": score(video.frames_THWC, batch_size=config.batch_size)}
 
 
 def _imaging(config: ScoreConfig, weights_dir: Path, device: torch.device) -> Measure:
-    network = load_musiq(file_of("musiq", weights_dir, config)).to(device)
+    network = _alive(load_musiq(file_of("musiq", weights_dir, config)).to(device))
     return lambda video, wanted: {
         "iq": imaging_quality(video.frames_THWC, network, device=device, batch_size=config.batch_size)
     }
 
 
 def _smoothness(config: ScoreConfig, weights_dir: Path, device: torch.device) -> Measure:
-    network = load_amt(file_of("amt", weights_dir, config), device=device)
+    network = _alive(load_amt(file_of("amt", weights_dir, config), device=device))
     return lambda video, wanted: {
         "ms": motion_smoothness(video.frames_THWC, network, device=device, batch_size=config.batch_size)
     }
 
 
 def _motion(config: ScoreConfig, weights_dir: Path, device: torch.device) -> Measure:
-    network = load_raft(file_of("raft", weights_dir, config), device=device)
+    network = _alive(load_raft(file_of("raft", weights_dir, config), device=device))
 
     def measure(video: Delivered, wanted: Collection[Metric]) -> Values:
         found = dynamic_degree(video.frames_THWC, video.fps, network, device=device, batch_size=config.batch_size)
