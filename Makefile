@@ -9,8 +9,13 @@ TORCH := $(shell grep -i '^torch==' constraints.txt)
 demo: $(VENV)/.demo-installed
 	$(BIN)/ipt2v demo
 
+# the tests on SLURM mostly wait, so they run beside the others; their output comes when they are through
+test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.test-installed slurm-packages browser-packages lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m slurm > .slurm_tests.log 2>&1 & on_slurm=$$!; \
+	$(BIN)/python -m pytest -m "not slurm"; rest=$$?; \
+	wait $$on_slurm; on_slurm=$$?; cat .slurm_tests.log; \
+	[ $$rest = 0 ] && [ $$on_slurm = 0 ]
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
@@ -56,4 +61,4 @@ browser-packages:
 	fi
 
 clean:
-	rm -rf $(VENV) demo .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) demo .slurm_tests.log .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch import cli_runs, cli_scores, cli_weights
+from launch import cli_export, cli_runs, cli_scores, cli_weights
 from launch.cli_options import (
     ClusterOption,
     ConfigArgument,
@@ -47,6 +47,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_runs.app)
 app.add_typer(cli_scores.app)
+app.add_typer(cli_export.app)
 app.add_typer(cli_weights.app, name="weights")
 
 
@@ -235,6 +236,7 @@ def demo(
     overrides = [f"testset.path={testset}", SCORES]
     submit(config, overrides, on, cluster, None, weights, folder / "runs", wait=True)
     prepared, _ = _prepare(config, overrides, cluster, None, weights, folder / "runs")
+    cli_scores.table([prepared.run.root])
     try:
         cli_runs.package(prepared.run.root)
     finally:
