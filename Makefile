@@ -11,7 +11,7 @@ demo: $(VENV)/.demo-installed
 
 # the tests on SLURM mostly wait, so they run beside the others; their output comes when they are through
 test: export OMP_NUM_THREADS := 1
-test: $(VENV)/.test-installed slurm-packages browser-packages lint
+test: $(VENV)/.test-installed slurm-packages debian-packages lint
 	@$(BIN)/python -m pytest -m slurm > .slurm_tests.log 2>&1 & on_slurm=$$!; \
 	$(BIN)/python -m pytest -m "not slurm"; rest=$$?; \
 	wait $$on_slurm; on_slurm=$$?; cat .slurm_tests.log; \
@@ -49,14 +49,15 @@ slurm-packages:
 		echo "For all tests: sudo apt-get install --no-install-recommends $$(tr '\n' ' ' < slurm/apt.txt)"; \
 	fi
 
-# likewise the tests of the report's page, which open it in Chromium
-.PHONY: browser-packages
-browser-packages:
-	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then :; \
+# likewise the tests that open the report's page in Chromium, and packages with Debian's own tools
+.PHONY: debian-packages
+debian-packages:
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null \
+		&& command -v ffmpeg >/dev/null && command -v unzip >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends $$(cat tests/apt.txt); \
 	else \
-		echo "Chromium is not installed, and installing it needs root: its tests will be skipped."; \
+		echo "Chromium, ffmpeg or unzip is not installed, and installing needs root: their tests will be skipped."; \
 		echo "For all tests: sudo apt-get install --no-install-recommends $$(tr '\n' ' ' < tests/apt.txt)"; \
 	fi
 

@@ -14,6 +14,8 @@ from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from helpers import skip_if
+
 from slurm.devcluster import Cluster, missing_binaries  # by path: slurm/ is not an installed package
 
 settings.register_profile("busy_machine", deadline=None)  # an example that takes long on a shared machine is no fault
@@ -95,11 +97,7 @@ def cluster_without_accounting() -> Iterator[Cluster]:
 
 
 def _running_cluster(*, accounting: bool) -> Iterator[Cluster]:
-    if missing := missing_binaries(accounting=accounting):
-        reason = f"no SLURM here, missing {', '.join(missing)}: apt-get install -y --no-install-recommends $(cat slurm/apt.txt)"
-        if os.environ.get("IPT2V_REQUIRE_SLURM") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    skip_if(missing_binaries(accounting=accounting), "slurm/apt.txt")
     root = tempfile.mkdtemp(prefix="c", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
     with Cluster(root, accounting=accounting) as running:
         yield running

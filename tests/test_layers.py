@@ -19,9 +19,9 @@ LAYERS = (
     ("takes",),
     ("table",),
     ("report_page",),
-    ("package_settings", "package_reading", "package_zip", "package_manifest"),
-    ("package_look",),
-    ("package", "report", "verify"),
+    ("package_settings", "package_reading", "package_zip", "package_manifest", "export_sample"),
+    ("package_look", "export_formats"),
+    ("package", "report", "verify", "export"),
     ("xdit",),
     ("parallel",),
     ("models",),
@@ -35,6 +35,9 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = {"answers", "atomic", "delivery", "hdf5", "leases", "listing", "mp4", "run_dir", "score_dir"} | {
+    "export",
+    "export_formats",
+    "export_sample",
     "package",
     "package_look",
     "package_reading",
@@ -146,6 +149,8 @@ def test_only_run_knows_both_models_and_files() -> None:
         ("submitit", "launch/"),
         ("xfuser", "ipt2v/xdit.py"),
         ("typer", "launch/"),
+        ("webdataset", "ipt2v/export_formats.py"),
+        ("pyarrow", "ipt2v/export_formats.py"),
         ("deepspeed", "ipt2v/models/deepspeed_start.py"),
     ],
 )

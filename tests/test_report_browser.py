@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, noise_frames
+from helpers import noise_frames, skip_if
 from report_reader import made_up
 
 from ipt2v.mp4 import write_mp4
@@ -64,12 +63,7 @@ def browser() -> Iterator[Any]:
         from selenium import webdriver
     except ImportError:
         binaries["the Python package selenium"] = None
-    if missing := [name for name, path in binaries.items() if path is None]:
-        packages = " ".join((ROOT / "tests" / "apt.txt").read_text().split())
-        reason = f"no browser here, missing {', '.join(missing)}: apt-get install -y --no-install-recommends {packages}"
-        if os.environ.get("IPT2V_REQUIRE_SLURM") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    skip_if([name for name, path in binaries.items() if path is None], "tests/apt.txt")
     options = webdriver.ChromeOptions()
     options.binary_location = str(binaries["chromium"])
     with tempfile.TemporaryDirectory() as profile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, frozen_run, write_tree
+from helpers import ROOT, frozen_run, skip_if, write_tree
 from trivial_job import job_whose_first_frames_wait, job_with_a_bad_first_frame, made, trivial_job
 
 from ipt2v.run_dir import RunDir
@@ -31,9 +30,7 @@ MAX_ARRAY_SIZE = 11
 @pytest.fixture(scope="module")
 def short_arrays(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevCluster]:
     """A cluster that takes arrays of at most 11 elements; without accounting."""
-    if missing := missing_binaries(accounting=False):
-        stop = pytest.fail if os.environ.get("IPT2V_REQUIRE_SLURM") == "1" else pytest.skip
-        stop(f"no SLURM here, missing {', '.join(missing)}")
+    skip_if(missing_binaries(accounting=False), "slurm/apt.txt")
     with DevCluster(tmp_path_factory.mktemp("c") / "s", accounting=False, max_array_size=MAX_ARRAY_SIZE) as running:
         yield running
 
