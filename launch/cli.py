@@ -1,4 +1,4 @@
-"""The command `ipt2v`, and those of its commands that make something; others are in cli_runs and cli_weights.
+"""The command `ipt2v`, and those of its commands that make something; others are in cli_runs, cli_delivery and cli_weights.
 
 Each command imports what it needs when it runs, so that --help answers at once.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch import cli_export, cli_runs, cli_scores, cli_weights
+from launch import cli_delivery, cli_runs, cli_weights
 from launch.cli_options import (
     ClusterOption,
     ConfigArgument,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from launch.queue import Submitted
 
 app = typer.Typer(
-    help="A test set of (photo, prompt) pairs to a leaderboard-ready set of videos, as two dependent job arrays.",
+    help="A test set of (photo, prompt) pairs to a leaderboard-ready set of videos, as three dependent job arrays.",
     epilog="Start with: ipt2v demo. Then: ipt2v weights toy weights; ipt2v plan configs/vace_14b_480p.yaml --on slurm",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -46,8 +46,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_runs.app)
-app.add_typer(cli_scores.app)
-app.add_typer(cli_export.app)
+app.add_typer(cli_delivery.app)
 app.add_typer(cli_weights.app, name="weights")
 
 
@@ -236,9 +235,9 @@ def demo(
     overrides = [f"testset.path={testset}", SCORES]
     submit(config, overrides, on, cluster, None, weights, folder / "runs", wait=True)
     prepared, _ = _prepare(config, overrides, cluster, None, weights, folder / "runs")
-    cli_scores.table([prepared.run.root])
+    cli_delivery.table([prepared.run.root])
     try:
-        cli_runs.package(prepared.run.root)
+        cli_delivery.package(prepared.run.root)
     finally:
         print("\nToy weights are random: the pictures are noise. They show that everything runs, not how it looks.")
 

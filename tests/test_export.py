@@ -30,7 +30,7 @@ from ipt2v.records import Failure, Score
 from ipt2v.references import load_reference
 from ipt2v.run_dir import RunDir, seal_shard
 from ipt2v.takes import make_room
-from launch.cli_export import ExportFormat
+from launch.cli_delivery import ExportFormat
 
 SCORING = Scoring(
     config=ScoreConfig(metrics=("arc_sim", "dd"), accept=AcceptConfig(at_least={"arc_sim": 0.3}, max_takes=2)), weights={}
