@@ -30,16 +30,17 @@ def plan_arrays(plan: Iterable[Submission], *, max_array_size: int, parallelism:
     waits for an array in the queue has indices of that one: `aftercorr` pairs elements by index. The `parallelism` of a stage
     is divided over its arrays, since all may run at once.
     """
-    arrays: list[Array] = []
-    earlier: list[Array] = []  # windows of the submission before
+    columns: list[list[Array]] = []  # a window of each submission of a chain, in the order of waiting
+    chained: list[list[Array]] = []  # those of the present chain
     for number, submission in enumerate(plan):
-        windows = _windows(number, submission, max_array_size)
         if submission.after:
-            del arrays[-len(earlier) :]
-            arrays += chain.from_iterable(zip(earlier, windows, strict=True))
+            for column in chained:
+                # the same indices, whatever they are: `aftercorr` pairs by index
+                column.append(replace(column[-1], stage=submission.stage, submission=number, after=True, parent=None))
         else:
-            arrays += windows
-        earlier = windows
+            chained = [[window] for window in _windows(number, submission, max_array_size)]
+            columns += chained
+    arrays = list(chain.from_iterable(columns))
     throttles = {stage: iter(divided(parallelism[stage], _sizes(stage, arrays))) for stage in {one.stage for one in arrays}}
     return tuple(replace(one, parallelism=next(throttles[one.stage])) for one in arrays)
 
