@@ -1,7 +1,8 @@
 """AMT-S (Li et al. 2023, arXiv 2304.09790), the frame interpolation behind VBench's motion smoothness, under its key names.
 
 Knows neither videos nor scores. Upstream's code is CC BY-NC and was not opened: this is written from a functional description
-in words and the key table of amt-s.pth; not compared with upstream's numbers here. The weights are for research only.
+in words and the key table of amt-s.pth; within 1e-7 of VBench's scores on equal weights (tests/bench/vbench_parity.py). The
+weights are for research only.
 
 Legend: B pairs, H W pixels, h w = an eighth of them, K hypotheses, P places, 2 = x then y, C=3 RGB. A map named f1..f4 has
 1/2..1/16 of the sides. flow0 and flow1 lead from the new frame to the first and to the second, in pixels of their own map.

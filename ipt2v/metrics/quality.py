@@ -1,8 +1,8 @@
 """IQ, AQ and OC of one video as VBench computes them, around any networks: what they see, and what becomes of their answers.
 
-Knows no network and no file. Written from a description of what VBench 45e79ec1 (Apache-2.0) computes; VBench itself was not
-run beside it here. VBench resizes by torchvision without antialias, which F.interpolate repeats: as floats for IQ and AQ, but
-for OC as uint8, which clamps and rounds.
+Knows no network and no file. Written from a description of what VBench 45e79ec1 (Apache-2.0) computes; within 1e-5 of its own
+code on equal weights (tests/bench/vbench_parity.py). VBench resizes by torchvision without antialias, which F.interpolate
+repeats: as floats for IQ and AQ, but for OC as uint8, which clamps and rounds.
 
 Legend: T frames, B of them at a time, H W pixels, C=3 RGB, S side of a square, D width of a feature.
 """

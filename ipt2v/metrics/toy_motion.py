@@ -39,7 +39,7 @@ def toy_raft(seed: int) -> dict[str, torch.Tensor]:
     """What raft-things.pth holds, of a tiny network. The same seed gives the same tensors; the global random state stays."""
     with torch.device("meta"):
         network = RAFT(TOY_RAFT)
-    tensors = _drawn(network, seed)
+    tensors = drawn(network, seed)
     for kind in ("weight", "bias"):
         tensors[f"update_block.flow_head.conv2.{kind}"] *= _FAINT
     # the published file has the norm of a shortcut under both its names
@@ -51,7 +51,7 @@ def toy_amt(seed: int) -> dict[str, dict[str, torch.Tensor]]:
     """What amt-s.pth holds, of a tiny network. The same seed gives the same tensors; the global random state stays."""
     with torch.device("meta"):
         network = AMT(TOY_AMT)
-    tensors = _drawn(network, seed)
+    tensors = drawn(network, seed)
     for index in (4, 3, 2):
         tensors[f"decoder{index}.convblock.2.weight"][:, :4] *= _FAINT  # both flows
         tensors[f"update{index}.flow_head.2.weight"] *= _FAINT
@@ -61,7 +61,7 @@ def toy_amt(seed: int) -> dict[str, dict[str, torch.Tensor]]:
     return {"state_dict": tensors}
 
 
-def _drawn(network: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+def drawn(network: nn.Module, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {key: _draw(key, value.shape, generator) for key, value in network.state_dict().items()}
 

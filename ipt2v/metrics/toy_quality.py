@@ -37,7 +37,7 @@ def toy_musiq(seed: int) -> dict[str, torch.Tensor]:
     """What musiq_spaq_ckpt-358bb6af.pth holds, of a tiny network; its scores lie near 50 of 0..100."""
     with torch.device("meta"):
         network = MUSIQ(TOY_MUSIQ)
-    tensors = _drawn(network, seed)
+    tensors = drawn(network, seed)
     tensors["head.weight"] *= 5
     tensors["head.bias"].fill_(50)
     return tensors
@@ -47,19 +47,19 @@ def toy_viclip(seed: int) -> dict[str, dict[str, torch.Tensor]]:
     """What ViClip-InternVid-10M-FLT.pth holds, of a tiny network whose vocabulary is that of toy_merges."""
     with torch.device("meta"):
         network = ViCLIP(TOY_VICLIP_TEXT, TOY_IMAGE, _TOY_FRAMES)
-    return {"model": _drawn(network, seed)}
+    return {"model": drawn(network, seed)}
 
 
 def toy_clip(seed: int) -> dict[str, torch.Tensor]:
     """What ViT-L-14.pt holds, of a tiny network whose vocabulary is that of toy_merges; half precision, but no TorchScript."""
     with torch.device("meta"):
         network = CLIP(TOY_CLIP_TEXT, TOY_IMAGE)
-    return {key: tensor.half() for key, tensor in _drawn(network, seed).items()}
+    return {key: tensor.half() for key, tensor in drawn(network, seed).items()}
 
 
 def toy_head(seed: int) -> dict[str, torch.Tensor]:
     """What sa_0_4_vit_l_14_linear.pth holds, for the features of toy_clip; its scores lie near 5 of 0..10."""
-    tensors = _drawn(AestheticHead(_OUT_WIDTH, 1), seed)
+    tensors = drawn(AestheticHead(_OUT_WIDTH, 1), seed)
     tensors["weight"] *= math.sqrt(_OUT_WIDTH)  # against features of length 1
     tensors["bias"].fill_(5)
     return tensors
@@ -69,7 +69,7 @@ def toy_curricular(seed: int) -> dict[str, torch.Tensor]:
     """What glint360k_curricular_face_r101_backbone.bin holds, of a tiny network."""
     with torch.device("meta"):
         network = CurricularFace(TOY_FACE)
-    return _drawn(network, seed)
+    return drawn(network, seed)
 
 
 def toy_inception(seed: int) -> dict[str, torch.Tensor]:
@@ -77,7 +77,7 @@ def toy_inception(seed: int) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         network = Inception(TOY_INCEPTION)
     gain = 1.7  # half of a signal is below 0 and lost; sqrt(2) makes up for it in wide layers, but not in these
-    return {key: gain * value if key.endswith("conv.weight") else value for key, value in _drawn(network, seed).items()}
+    return {key: gain * value if key.endswith("conv.weight") else value for key, value in drawn(network, seed).items()}
 
 
 def toy_merges() -> bytes:
@@ -86,7 +86,7 @@ def toy_merges() -> bytes:
     return gzip.compress("\n".join(lines).encode("utf-8"), mtime=0)
 
 
-def _drawn(network: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+def drawn(network: nn.Module, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {key: _draw(key, value.shape, generator) for key, value in network.state_dict().items()}
 

