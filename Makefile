@@ -9,10 +9,11 @@ TORCH := $(shell grep -i '^torch==' constraints.txt)
 demo: $(VENV)/.demo-installed
 	$(BIN)/ipt2v demo
 
-# the tests on SLURM mostly wait, so they run beside the others; their output comes when they are through
+# The tests on SLURM mostly wait, so they run beside the others; their output comes when they are through. A shell's background
+# processes ignore Ctrl-C, which one of them sends.
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.test-installed slurm-packages debian-packages lint
-	@$(BIN)/python -m pytest -m slurm > .slurm_tests.log 2>&1 & on_slurm=$$!; \
+	@env --default-signal=INT $(BIN)/python -m pytest -m slurm > .slurm_tests.log 2>&1 & on_slurm=$$!; \
 	$(BIN)/python -m pytest -m "not slurm"; rest=$$?; \
 	wait $$on_slurm; on_slurm=$$?; cat .slurm_tests.log; \
 	[ $$rest = 0 ] && [ $$on_slurm = 0 ]
