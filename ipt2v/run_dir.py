@@ -17,7 +17,7 @@ Knows nothing of torch, models or schedulers.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -277,6 +277,26 @@ def seal_shard(run: RunDir, stage: str, shard: int, keys: Collection[str]) -> No
     hdf5.seal(run.sealed_path(stage, shard), [(key, paths[key]) for key in keys if key in paths])
     for key in parts:
         run.part_path(stage, key).unlink(missing_ok=True)
+
+
+def seal_leftovers(run: RunDir, counts: Iterable[StageCount], busy: Collection[str]) -> list[str]:
+    """Seal each whole shard of the stages that are not `busy`; what could not be sealed, a line each.
+
+    An element that was killed between its last item and its end has left it so, and no other comes for a shard that is whole.
+    """
+    problems = []
+    for count in counts:
+        if count.missing or count.stage in busy:
+            continue
+        keys, scores = run.shard_keys(count.shard), run.scores()
+        try:
+            if count.stage != "score":
+                seal_shard(run, count.stage, count.shard, keys)
+            elif scores is not None:
+                scores.seal(count.shard, keys)
+        except (ValueError, KeyError) as error:
+            problems.append(f"{count.stage} shard {count.shard} is not sealed: {error}; `ipt2v verify {run.root}` says more")
+    return problems
 
 
 def owner_of(shard: int) -> str:

@@ -112,7 +112,7 @@ def submit(  # noqa: PLR0913, PLR0917 - options of a command line
     ] = False,
 ) -> None:
     """Make what is missing of a run; submitting again goes on with it. Finished items are never made twice."""
-    from ipt2v.run_dir import free_leases_of_the_dead
+    from ipt2v.run_dir import free_leases_of_the_dead, seal_leftovers
     from launch.freeze import freeze
     from launch.lock import run_lock
     from launch.progress import wait_for_queue
@@ -130,6 +130,8 @@ def submit(  # noqa: PLR0913, PLR0917 - options of a command line
         free_leases_of_the_dead(run, {shard for array in arrays if array.stage == "video" for shard in array.live})
         if rejected:
             print("\n".join(reject(run, {shard for array in arrays for shard in array.live})), flush=True)
+        for problem in seal_leftovers(run, prepared.counts(), {array.stage for array in arrays}):
+            print(problem, file=sys.stderr)
         problems = _start(run, site, _todo(prepared, arrays), on)
     if wait and on == Place.slurm:
         wait_for_queue(run)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from ipt2v import hdf5
 from ipt2v.config import run_digest
 from ipt2v.records import Failure, Item
-from ipt2v.run_dir import STAGES, RunDir, StageCount, seal_shard
+from ipt2v.run_dir import STAGES, RunDir, StageCount, seal_leftovers, seal_shard
 
 STATES = ("nothing", "first_frame failed", "first_frame", "latents", "mp4 only", "video", "video failed")
 
@@ -301,3 +301,24 @@ def test_a_hundred_thousand_items_are_counted_in_two_seconds(large_run: Path) ->
         | {"video done": 39_600, "video failed": 1000, "video missing": 59_400}
     )
     assert seconds < 2
+
+
+def test_a_whole_shard_that_nobody_has_sealed_is_sealed_unless_its_stage_is_busy(tmp_path: Path) -> None:
+    """As an element leaves it that was killed between its last item and its end."""
+    run = frozen_run(tmp_path, num_shards=2)
+    digest, keys = run.environment().run_digest, run.shard_keys(0)
+    for key in (*keys, run.shard_keys(1)[0]):  # of the other shard one is missing
+        hdf5.save_first_frame(run.part_path("first_frame", key), first_frame(key), provenance(digest))
+    counts = [run.count("first_frame", shard, run.shard_keys(shard)) for shard in range(2)]
+    assert seal_leftovers(run, counts, {"first_frame"}) == [] and not run.sealed_path("first_frame", 0).exists()
+    assert seal_leftovers(run, counts, {"video"}) == []
+    assert hdf5.sealed_keys(run.sealed_path("first_frame", 0)) == keys
+    assert not run.sealed_path("first_frame", 1).exists()
+
+
+def test_a_damaged_part_is_told_and_stops_nobody(tmp_path: Path) -> None:
+    run = frozen_run(tmp_path, num_shards=1)
+    for key in run.shard_keys(0):
+        touch(run.part_path("first_frame", key))
+    (problem,) = seal_leftovers(run, [run.count("first_frame", 0, run.shard_keys(0))], ())
+    assert problem.startswith("first_frame shard 0 is not sealed: ") and "ipt2v verify" in problem
