@@ -143,8 +143,7 @@ def bordered(image_HWC: ImageHWC) -> ImageHWC:
 
 def load_faces(config: ScoreConfig, weights_dir: Path, device: torch.device) -> FaceMeasures:
     """The networks that the run's metrics need. Raises ValueError, naming the file, if one does not load."""
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    recogniser = load_recogniser(weights_dir / config.models.faces, device=kind)  # type: ignore[arg-type]
+    recogniser = load_recogniser(weights_dir / config.models.faces)  # on the CPU, as in array 1
 
     def on_device(network: nn.Module, apply: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
         network = network.to(device)

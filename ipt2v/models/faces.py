@@ -74,10 +74,10 @@ class Recogniser:
     embed: Callable[[ImageHWC, Detection], NDArray[np.float32]]  # [D], length 1
 
 
-def load_recogniser(pack: Path, *, device: Literal["cpu", "cuda"] = "cpu") -> Recogniser:
-    """The two models by themselves. Raises what load_face_analysis raises."""
+def load_recogniser(pack: Path) -> Recogniser:
+    """The two models by themselves, on the CPU. Raises ValueError if a file of the pack is missing."""
     files = pack_files(pack)
-    detection, recognition = (_session(files[role], device) for role in ("detection", "recognition"))
+    detection, recognition = (_session(files[role], "cpu") for role in ("detection", "recognition"))
     return Recogniser(
         detect=lambda image_HWC, side: _detect(image_HWC, side, detection),
         embed=lambda image_HWC, found: _embed(image_HWC, found, recognition),
