@@ -26,9 +26,9 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield scratch
-            _fsync(scratch)
+            fsync(scratch)
             os.replace(scratch, path)
-            _fsync(path.parent)
+            fsync(path.parent)
         finally:
             scratch.unlink(missing_ok=True)
     except Exception as error:  # h5py and PyAV have their own, with a page of text
@@ -42,7 +42,8 @@ def write_text(path: Path, text: str) -> None:
         scratch.write_text(text, encoding="utf-8")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Until what is in the file, or in the folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

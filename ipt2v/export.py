@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from ipt2v.atomic import fsync
 from ipt2v.export_formats import FORMATS, MANIFEST, Done, Format
 from ipt2v.export_sample import LeftOut, Sample, Source, find_sources, most_bytes, read_samples
 from ipt2v.run_dir import RunDir
@@ -188,7 +189,7 @@ def new_folder(out: Path, run_digest: str) -> Iterator[Path]:
     try:
         yield scratch
         for folder in (scratch, *(path for path in scratch.rglob("*") if path.is_dir())):
-            _fsync(folder)
+            fsync(folder)
         check_target(out, run_digest)  # again: it took long
         _put_in_place(scratch, out)
     finally:
@@ -206,13 +207,5 @@ def _put_in_place(scratch: Path, out: Path) -> None:
         if old.exists() and not out.exists():
             os.rename(old, out)
         raise
-    _fsync(out.parent)
+    fsync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

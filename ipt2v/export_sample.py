@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,10 @@ from PIL import Image
 from ipt2v import hdf5
 from ipt2v.records import FirstFrame, Item, ItemError, Provenance, Score
 from ipt2v.references import FORMATS, load_reference
-from ipt2v.run_dir import RunDir
+from ipt2v.run_dir import RECORDED_STAGES, RunDir
 from ipt2v.takes import Take, best_takes
 from ipt2v.testsets.checks import check_name
 
-RECORDS = ("first_frame", "video")
 TEXT_BYTES = 20_000  # more than prompts, provenance, scores and headers take
 
 
@@ -99,7 +98,7 @@ class Source:
     number: int
     item: Item
     take: Take
-    records: dict[str, Path]  # first_frame, video -> the file with its record, of those that there are
+    records: Mapping[str, Path]  # first_frame, video -> the file with its record, of those that there are
     metrics: tuple[str, ...]  # of the run: every item has the same, so that tables have the same columns
 
 
@@ -111,11 +110,11 @@ def find_sources(run: RunDir) -> list[Source | LeftOut]:
         check_name("identity", item.identity, str(run.manifest_path))
         check_name("prompt_id", item.prompt_id, str(run.manifest_path))
     takes: dict[str, Take] = {}
-    stored: dict[str, dict[str, Path]] = {stage: {} for stage in RECORDS}
+    stored: dict[str, dict[str, Path]] = {stage: {} for stage in RECORDED_STAGES}
     for shard in shards:
         keys = run.shard_keys(shard)
         takes |= best_takes(run, shard, keys)
-        for stage in RECORDS:
+        for stage in RECORDED_STAGES:
             stored[stage] |= run.record_paths(stage, shard, keys)
     scoring = run.scoring()
     metrics = () if scoring is None else scoring.config.metrics
@@ -125,19 +124,13 @@ def find_sources(run: RunDir) -> list[Source | LeftOut]:
             number=number,
             item=item,
             take=takes[item.key],
-            records=_records(takes[item.key], stored, item.key),
+            records=takes[item.key].records({stage: mine[item.key] for stage, mine in stored.items() if item.key in mine}),
             metrics=metrics,
         )
         if item.key in takes
         else LeftOut(key=item.key, reason=failures.get(item.key, "no video yet"))
         for number, item in enumerate(items)
     ]
-
-
-def _records(take: Take, stored: dict[str, dict[str, Path]], key: str) -> dict[str, Path]:
-    if take.kept is not None:
-        return {stage: take.kept / f"{stage}.h5" for stage in RECORDS}
-    return {stage: paths[key] for stage, paths in stored.items() if key in paths}
 
 
 def read_samples(
@@ -186,7 +179,7 @@ def _read(source: Source, run_digest: str, with_references: bool) -> Sample:
 def _load_records(source: Source, run_digest: str) -> tuple[FirstFrame, dict[str, Provenance]]:
     """The first frame, and how it and the video came to be. Raises ValueError if a record is missing or damaged."""
     key, made = source.item.key, dict[str, Provenance]()
-    for stage in RECORDS:
+    for stage in RECORDED_STAGES:
         if stage not in source.records:
             raise ValueError(f"no {stage} record says how the video was made")
         try:

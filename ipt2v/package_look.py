@@ -16,11 +16,10 @@ from ipt2v.mp4 import Mp4Facts
 from ipt2v.package_reading import Progress, Read, ToRead, Unreadable, read_all
 from ipt2v.package_settings import Level, PackageRules, problems_of
 from ipt2v.records import Item, item_seed, take_seed
-from ipt2v.run_dir import Environment, RunDir
+from ipt2v.run_dir import RECORDED_STAGES, Environment, RunDir
 from ipt2v.score_dir import ScoreDir, read_scores
 from ipt2v.takes import best_takes
 
-STAGES = ("first_frame", "video")
 PART = -1  # in place of a shard: a file of one record
 MAX_TAKES = 100  # of an item, whose seeds are known as the run's own
 Kind = Literal["frozen", "missing", "video", "part", "record", "list", "file", "take", "extra", "scores"]
@@ -59,7 +58,9 @@ class Look:
     faults: list[Fault] = field(default_factory=list)
     delivered: dict[str, Path] = field(default_factory=dict)  # key -> the MP4 of its best take
     facts: dict[Path, Mp4Facts] = field(default_factory=dict)
-    records: dict[str, dict[str, Found]] = field(default_factory=lambda: {stage: {} for stage in STAGES})  # the good ones
+    records: dict[str, dict[str, Found]] = field(
+        default_factory=lambda: {stage: {} for stage in RECORDED_STAGES}
+    )  # the good ones
     missing: list[str] = field(default_factory=list)  # items without an MP4
     good_keys: dict[Path, set[str]] = field(default_factory=dict)  # of each file of records
     num_files: int = 0
@@ -130,7 +131,7 @@ def look_at(run: RunDir, rules: PackageRules, *, only: Collection[str] | None = 
     videos = {run.mp4_path(key): key for key in items if run.mp4_path(key).is_file()}
     takes = {path: key for key, path in look.delivered.items() if path not in videos}
     stored = list(_stored(look)) if rules.checks.records.rule != "off" else []
-    in_takes = [(stage, path.with_name(f"{stage}.h5")) for path in takes for stage in STAGES if stored]
+    in_takes = [(stage, path.with_name(f"{stage}.h5")) for path in takes for stage in RECORDED_STAGES if stored]
     digest = look.environment.run_digest
     records = [path for _, _, path in stored] + [path for _, path in in_takes]
     files = [ToRead(path, digest) for path in records] + [ToRead(path) for path in videos | takes]
@@ -172,7 +173,7 @@ def _judge_take(look: Look, stage: str, key: str, path: Path, read: Read) -> Non
 
 def _stored(look: Look) -> Iterator[tuple[str, int, Path]]:
     """(stage, shard, file) of every file of records; -1 for a part."""
-    for stage in STAGES:
+    for stage in RECORDED_STAGES:
         for shard in sorted(set(look.shard_of.values())):
             if (path := look.run.sealed_path(stage, shard)).is_file():
                 yield stage, shard, path
@@ -249,7 +250,7 @@ def _find_missing(look: Look, videos: Collection[str]) -> None:
             look.missing.append(key)
             look.faults.append(Fault(kind="missing", path=path, what=what, keys=(key,), stage=stage))
             continue
-        for stage in STAGES if key in videos else ():
+        for stage in RECORDED_STAGES if key in videos else ():
             level = look.rules.checks.records.rule
             if level != "off" and key not in look.records[stage] and key not in told:
                 kind = "missing" if stage == "first_frame" else "video"
@@ -262,9 +263,11 @@ def _strays(look: Look) -> list[Fault]:
     run, level = look.run, look.rules.checks.extra.rule
     if level == "off":
         return []
-    known = {run.mp4_path(key) for key in look.items} | {run.part_path(stage, key) for stage in STAGES for key in look.items}
+    known = {run.mp4_path(key) for key in look.items} | {
+        run.part_path(stage, key) for stage in RECORDED_STAGES for key in look.items
+    }
     found = [path for path in (run.root / "video").rglob("*") if path.suffix.lower() == ".mp4"]
-    found += [path for stage in STAGES for path in (run.root / stage / "parts").rglob("*.h5")]
+    found += [path for stage in RECORDED_STAGES for path in (run.root / stage / "parts").rglob("*.h5")]
     return [
         Fault(kind="extra", path=path, what="of no item of the test set", level=level)
         for path in sorted(found)

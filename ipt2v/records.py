@@ -7,6 +7,7 @@ embedding; latents are [C,T,H,W] of the video VAE.
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -148,6 +149,13 @@ class Failure:
     key: str
     stage: str
     reason: str
+
+
+def reason_kind(reason: str, key: str) -> str:
+    """What failures of one kind have in common: the reason without the item's name, numbers, and what is quoted."""
+    for word in (key, key.partition("/")[0]):
+        reason = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", "ITEM", reason)
+    return re.sub(r"0x[0-9a-fA-F]+|\d+(?:\.\d+)?", "N", re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S+", "X", reason))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

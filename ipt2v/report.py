@@ -27,7 +27,7 @@ from ipt2v.mp4 import middle_frame
 from ipt2v.records import FirstFrame, Item, ItemError, Provenance, Score
 from ipt2v.references import load_reference
 from ipt2v.report_page import Card, Page, RunFacts, Shown, StageFacts, render
-from ipt2v.run_dir import STAGES, RunDir, StageCount
+from ipt2v.run_dir import RECORDED_STAGES, STAGES, RunDir, StageCount
 from ipt2v.table import Line, make_table, scored
 from ipt2v.takes import Take, best_takes, broken_rules
 
@@ -35,7 +35,6 @@ TOY_MARK = "TOY.txt"
 MAX_THUMBNAIL_BYTES = 6 * 1024  # 4,000 of them are a page that opens in a second
 THUMBNAIL_TRIES = ((240, 80), (240, 65), (240, 50), (200, 40), (160, 30), (96, 30))  # longer side in pixels, JPEG quality
 MAX_THREADS = 16
-MADE_STAGES = ("first_frame", "video")  # those with records and provenance
 
 RecordT = TypeVar("RecordT")
 
@@ -126,7 +125,7 @@ def _sources(run: RunDir, problems: list[str]) -> list[Sources]:
     for shard in range(environment.num_shards):
         items = run.shard(shard)
         keys = [item.key for item in items]
-        paths = {stage: _tried(run.record_paths, problems, stage, shard, keys) or {} for stage in MADE_STAGES}
+        paths = {stage: _tried(run.record_paths, problems, stage, shard, keys) or {} for stage in RECORDED_STAGES}
         takes = _tried(best_takes, problems, run, shard, keys) or {}
         for item in items:
             take = takes.get(item.key, Take(number=1, mp4=run.mp4_path(item.key), rows=()))
@@ -135,7 +134,7 @@ def _sources(run: RunDir, problems: list[str]) -> list[Sources]:
                 Sources(
                     item=item,
                     run_digest=environment.run_digest,
-                    records=records if take.kept is None else {stage: take.kept / f"{stage}.h5" for stage in MADE_STAGES},
+                    records=take.records(records),
                     mp4=take.mp4,
                     failure=failures.get(item.key, ""),
                     scores=take.rows,
@@ -171,7 +170,7 @@ def _card(photos: Mapping[str, Photo], page_folder: Path, source: Sources) -> tu
     item, photo = source.item, photos[source.item.reference]
     troubles = [photo.trouble] if photo.trouble else []
     frame = _record(hdf5.load_first_frame, source, "first_frame", troubles)
-    made = {stage: _record(hdf5.load_provenance, source, stage, troubles) for stage in MADE_STAGES}
+    made = {stage: _record(hdf5.load_provenance, source, stage, troubles) for stage in RECORDED_STAGES}
     efforts = [effort_of(one, stage) for stage, one in made.items() if one is not None]
     if source.scores:
         efforts.append(_scoring_effort(source.scores))

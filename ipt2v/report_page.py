@@ -20,6 +20,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from ipt2v.records import reason_kind
 from ipt2v.table import LABELS, Line
 
 PICTURES_IN_A_BLOCK = 64  # the page's script opens a block when it first needs one of its pictures
@@ -177,13 +178,6 @@ def safe_json(value: object) -> str:
 def all_keys(runs: Sequence[Shown]) -> list[str]:
     """Keys of the first run in their order, then those that only the second one has."""
     return list(dict.fromkeys(key for run in runs for key in run.cards))
-
-
-def reason_kind(reason: str, key: str) -> str:
-    """What failures of one kind have in common: the reason without the item's name, numbers, and what is quoted."""
-    for word in (key, key.partition("/")[0]):
-        reason = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", "ITEM", reason)
-    return re.sub(r"0x[0-9a-fA-F]+|\d+(?:\.\d+)?", "N", re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S+", "X", reason))
 
 
 def _template(name: str) -> str:

@@ -31,6 +31,7 @@ from ipt2v.records import Failure, Item
 from ipt2v.score_dir import ScoreDir
 
 STAGES = ("first_frame", "video", "score")  # a run that is not scored has the first two
+RECORDED_STAGES = ("first_frame", "video")  # those that make HDF5 records; scores are tables
 VERIFY_SPLIT = "verify_split"  # a job like a stage's, which makes no items
 WEIGHTS_DIR_VARIABLE = "IPT2V_WEIGHTS_DIR"  # a folder with a copy of the run's weights, to be read instead of the frozen one
 

@@ -12,17 +12,15 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ipt2v import hdf5
 from ipt2v.config import AcceptConfig
 from ipt2v.records import Score
-from ipt2v.run_dir import RunDir
+from ipt2v.run_dir import RECORDED_STAGES, RunDir
 from ipt2v.score_dir import read_scores, write_scores
-
-RECORDS = ("first_frame", "video")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +31,10 @@ class Take:
     mp4: Path
     rows: tuple[Score, ...]
     kept: Path | None = None  # its folder, if it was rejected once; else its records are where all are
+
+    def records(self, present: Mapping[str, Path]) -> Mapping[str, Path]:
+        """stage -> file that holds this take's record; `present` are those of the run itself."""
+        return present if self.kept is None else {stage: self.kept / f"{stage}.h5" for stage in RECORDED_STAGES}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +130,7 @@ def make_room(run: RunDir, shard: int, keys: Sequence[str]) -> None:
         run.position_path(key).unlink(missing_ok=True)
     for store in run.all_scores():
         store.forget(shard, keys)
-    for stage in reversed(RECORDS):  # a video without a first frame would not be missed
+    for stage in reversed(RECORDED_STAGES):  # a video without a first frame would not be missed
         _forget_records(run, stage, shard, keys)
 
 
@@ -143,7 +145,7 @@ def _keep(run: RunDir, shard: int, key: str) -> None:
     scratch.chmod(0o755)
     try:
         shutil.copyfile(present, scratch / "video.mp4")
-        for stage in RECORDS:
+        for stage in RECORDED_STAGES:
             hdf5.seal(scratch / f"{stage}.h5", [(key, run.record_path(stage, shard, key))])
         store = run.scores()
         write_scores(scratch / "scores.csv", [] if store is None else store.rows(shard, [key]))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -196,13 +195,6 @@ def estimate_by_rate(num_missing: int, found: Rates) -> Estimate | None:
 def later(one: Estimate, other: Estimate) -> Estimate:
     """Until both are over."""
     return Estimate(low_seconds=max(one.low_seconds, other.low_seconds), high_seconds=max(one.high_seconds, other.high_seconds))
-
-
-def reason_kind(reason: str, key: str) -> str:
-    """What failures of one kind have in common: the reason without the item's name, numbers, and what is quoted."""
-    for word in (key, key.partition("/")[0]):
-        reason = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", "ITEM", reason)
-    return re.sub(r"0x[0-9a-fA-F]+|\d+(?:\.\d+)?", "N", re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S+", "X", reason))
 
 
 def spread(count: int, most: int) -> list[int]:

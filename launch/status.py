@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 
-from ipt2v.records import Failure
+from ipt2v.records import Failure, reason_kind
 from ipt2v.run_dir import RunDir, StageCount
 from launch import controller
 from launch.controller import NoAnswer
@@ -31,7 +31,6 @@ from launch.rates import (
     later,
     pace,
     rates,
-    reason_kind,
     used,
 )
 

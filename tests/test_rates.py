@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ipt2v.records import reason_kind
 from launch.rates import (
     Element,
     Estimate,
@@ -22,7 +23,6 @@ from launch.rates import (
     estimate_shared,
     pace,
     rates,
-    reason_kind,
     spread,
     used,
 )

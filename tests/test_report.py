@@ -21,9 +21,9 @@ from report_reader import facts, made_up
 
 from ipt2v import hdf5
 from ipt2v.mp4 import middle_frame, read_mp4, write_mp4
-from ipt2v.records import Failure, Score
+from ipt2v.records import Failure, Score, reason_kind
 from ipt2v.report import MAX_THUMBNAIL_BYTES, effort_of, shared_keys, thumbnail, write_report
-from ipt2v.report_page import Card, Page, Shown, make_plot, reason_kind, render, safe_json
+from ipt2v.report_page import Card, Page, Shown, make_plot, render, safe_json
 from ipt2v.run_dir import RunDir, Scoring, seal_shard
 
 EVIL = "</script><script>alert('1')</script><!-- & \"quotes\" {{ 7 * 7 }} \u2028 \u2029 ]]>"

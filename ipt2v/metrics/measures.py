@@ -48,20 +48,28 @@ def _alive(network: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return call
 
 
+def _texts(
+    encode: Callable[[torch.Tensor], torch.Tensor], vocabulary_path: Path, *, context: int, device: torch.device
+) -> Callable[[str], torch.Tensor]:
+    """text(prompt) -> features [1,D]; each distinct prompt is encoded once."""
+    vocabulary = load_vocabulary(vocabulary_path)
+
+    @cache
+    def text_1D(prompt: str) -> torch.Tensor:
+        with torch.inference_mode():
+            return encode(torch.tensor([token_ids(prompt, vocabulary, context=context)], device=device))
+
+    return text_1D
+
+
 def _amplitude(config: ScoreConfig, weights_dir: Path, device: torch.device) -> Measure:
     return lambda video, wanted: {"motion_amplitude": motion_amplitude(video.frames_THWC.numpy())}
 
 
 def _consistency(config: ScoreConfig, weights_dir: Path, device: torch.device) -> Measure:
     network = load_viclip(file_of("viclip", weights_dir, config)).to(device)
-    vocabulary = load_vocabulary(vocabulary_of("viclip", weights_dir, config))
+    text_1D = _texts(network.encode_text, vocabulary_of("viclip", weights_dir, config), context=VICLIP_TOKENS, device=device)
     size = network.vision_encoder.image_size
-
-    @cache
-    def text_1D(prompt: str) -> torch.Tensor:
-        ids_BL = torch.tensor([token_ids(prompt, vocabulary, context=VICLIP_TOKENS)], device=device)
-        with torch.inference_mode():
-            return network.encode_text(ids_BL)
 
     def measure(video: Delivered, wanted: Collection[Metric]) -> Values:
         embed = network.encode_video
@@ -72,13 +80,7 @@ def _consistency(config: ScoreConfig, weights_dir: Path, device: torch.device) -
 
 def _likeness_to_text(config: ScoreConfig, weights_dir: Path, device: torch.device) -> Measure:
     network = load_clip(file_of("clip_b", weights_dir, config)).to(device)
-    vocabulary = load_vocabulary(vocabulary_of("clip_b", weights_dir, config))
-
-    @cache
-    def text_1D(prompt: str) -> torch.Tensor:
-        ids_BL = torch.tensor([token_ids(prompt, vocabulary, context=CLIP_TOKENS)], device=device)
-        with torch.inference_mode():
-            return network.encode_text(ids_BL)
+    text_1D = _texts(network.encode_text, vocabulary_of("clip_b", weights_dir, config), context=CLIP_TOKENS, device=device)
 
     def measure(video: Delivered, wanted: Collection[Metric]) -> Values:
         return {"clip_score": clip_score(video.frames_THWC, text_1D(video.prompt), network.encode_image, device=device)}
