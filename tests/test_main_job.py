@@ -353,6 +353,7 @@ def _kill_a_video_element(run: RunDir) -> None:
         made = {path.relative_to(run.root / "video").with_suffix("").as_posix() for path in run.root.glob("video/*/*.mp4")}
         for shard in range(5):
             if made & {item.key for item in run.shard(shard)}:
-                os.kill(pid_of_rank(run, shard, rank=1), signal.SIGKILL)
-                return
+                with contextlib.suppress(AssertionError, ProcessLookupError):  # it has ended by itself
+                    os.kill(pid_of_rank(run, shard, rank=1), signal.SIGKILL)
+                    return
         time.sleep(0.05)

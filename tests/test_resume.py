@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -46,8 +47,9 @@ def kill_after_step(run: RunDir, key: str, words: tuple[str | Path, ...], num_do
             break
         time.sleep(0.005)
     for process in Path("/proc").glob("[0-9]*/cmdline"):  # torchrun's ranks have sessions of their own
-        if str(run.root).encode() in process.read_bytes():
-            os.kill(int(process.parent.name), signal.SIGKILL)
+        with contextlib.suppress(OSError):  # one that has ended meanwhile
+            if str(run.root).encode() in process.read_bytes():
+                os.kill(int(process.parent.name), signal.SIGKILL)
     ranks.wait()
     time.sleep(0.2)
     found = load_position(run.position_path(key), key=key, run_digest=digest)
