@@ -412,7 +412,7 @@ def _visibility(folder: Path, group: Group) -> tuple[float, tuple[int, ...]]:
     group.meet()
     seconds, missing = _await_files(folder, ["first"], VISIBLE_SECONDS)
     beat()
-    is_shared = not any(group.gather(bool(missing)))
+    is_shared = not group.anywhere(bool(missing))
     write_text(folder / names[group.rank], f"{group.rank}\n")
     group.meet()
     more, unseen = _await_files(folder, names, VISIBLE_SECONDS if is_shared else 0)

@@ -135,6 +135,7 @@ class Delivery:
     life: str = ""  # the same on all ranks, another after each start of the element
     steps: Steps = field(init=False)
     ahead: tuple[tuple[str, int], Future[FirstFrame]] | None = None
+    due: list[Callable[[], None]] = field(default_factory=list)  # what is to be written once the GPUs are at work again
     writes: list[Future[None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -146,6 +147,7 @@ class Delivery:
 
     def decode(self, records: Iterable[VideoLatents]) -> list[Video]:
         """The videos of this rank, when everything that was recorded so far is on the disk: no MP4 comes before its latents."""
+        self.start_writes()
         videos = [self.stage.decode(latents) for latents in beating(records)]
         self.settle()
         return videos
@@ -165,20 +167,26 @@ class Delivery:
             yield found, claim.position
 
     def note(self, position: Position) -> None:
-        """A step of the video in work is done. What may come next is read now: earlier, all ranks would wait for it."""
+        """A step of the video in work is done. Files are written and read now: between videos, all ranks would wait for it."""
         self.steps.note(position)
+        self.start_writes()
         upcoming = None if self.steps.claim is None else self.steps.claim.upcoming
         if upcoming is not None and self.ahead is None:
             self.ahead = (upcoming, self.files.submit(self.first_frame, *upcoming))
 
     def settle(self) -> None:
         """Wait until all records are written. Raises what one has raised, or an MP4 that could not be written."""
+        self.start_writes()
         while self.writes:
             self.writes.pop(0).result()
 
     def write(self, act: Callable[..., None], *values: Any) -> None:
-        """Have something written meanwhile; settle() tells how it went, at the next turn, where all ranks hear of it."""
-        self.writes.append(self.files.submit(act, *values))
+        """Have something written during the next video; settle() tells how it went, at the next turn, where all hear of it."""
+        self.due.append(partial(act, *values))
+
+    def start_writes(self) -> None:
+        self.writes += map(self.files.submit, self.due)
+        self.due.clear()
 
     def hand_over(self, video: Video) -> None:
         self.write(self.encoder.hand_over, video, self.work.run.mp4_path(video.key))
@@ -206,8 +214,13 @@ def _decode_lost(delivery: Delivery, undecoded: tuple[str, ...]) -> None:
     work, batches = delivery.work, turns(undecoded, delivery.group.world_size).values()
     keys, digest = [key for batch in batches for key in delivery.own(batch)], work.environment.run_digest
     paths = work.run.record_paths("video", work.shard, keys)
-    for key in beating(keys):
-        delivery.hand_over(delivery.stage.decode(hdf5.load_video_latents(paths[key], key, run_digest=digest)))
+
+    def decode_own() -> None:
+        for key in beating(keys):
+            delivery.settle()  # no more frames in memory than the encoder lets wait
+            delivery.hand_over(delivery.stage.decode(hdf5.load_video_latents(paths[key], key, run_digest=digest)))
+
+    delivery.group.agree(decode_own, OSError)
 
 
 def _animate(delivery: Delivery, claimed: Iterable[Claim], claims: Claims | None) -> None:

@@ -32,6 +32,7 @@ from ipt2v.mp4 import write_mp4
 from ipt2v.parallel import Group
 from ipt2v.records import FirstFrame, Made, Video, VideoLatents
 from ipt2v.run_dir import RunDir
+from ipt2v.stages.rehearsal import position_after
 from ipt2v.video_shard import Delivery
 from ipt2v.work import open_work
 
@@ -291,6 +292,25 @@ class StandIn:
         return Video(key=latents.key, frames_THWC=frames_of(latents.key), fps=FPS)
 
 
+@dataclass
+class Watching(StandIn):
+    """Tells whether the first video's record is there when the second begins, and after a step of it."""
+
+    run: RunDir = field(kw_only=True)
+    written: list[bool] = field(default_factory=list)
+
+    def make(self, starts: Iterable[tuple[FirstFrame, Any]], progress: Any) -> Iterator[Made[VideoLatents]]:
+        for made in super().make(starts, progress):
+            if len(self.animated) == 2:
+                record = self.run.part_path("video", self.animated[0])
+                time.sleep(0.2)
+                self.written.append(record.exists())
+                progress(position_after(1, 2))
+                wait_for(record.exists)
+                self.written.append(record.exists())
+            yield made
+
+
 def latents_of(key: str) -> NDArray[np.float32]:
     return np.full((16, 1, 2, 2), sum(key.encode()), dtype=np.float32)
 
@@ -318,6 +338,19 @@ class Inline:
 
 
 @dataclass
+class Slow(Inline):
+    """An encoder that takes its time; notes how many videos of its rank are decoded and not yet written."""
+
+    stage: StandIn = field(default_factory=StandIn)
+    waiting: list[int] = field(default_factory=list)
+
+    def hand_over(self, video: Video, path: Path) -> None:
+        time.sleep(0.05)
+        self.waiting.append(len(self.stage.decoded) - len(self.waiting))
+        super().hand_over(video, path)
+
+
+@dataclass
 class Thread:
     """A rank that is a thread: as parallel.Group, with a barrier for the collectives."""
 
@@ -340,6 +373,9 @@ class Thread:
 
     agree = Group.agree
 
+    def anywhere(self, here: bool) -> bool:
+        return any(self.gather(here))
+
     def from_first(self, value: Any) -> Any:
         return self.gather(value)[0]
 
@@ -357,11 +393,13 @@ def shard_of(tmp_path: Path, num_items: int) -> RunDir:
     return run
 
 
-def deliver(run: RunDir, encoders: list[Any]) -> tuple[list[StandIn], list[BaseException | None]]:
+def deliver(
+    run: RunDir, encoders: list[Any], stages: list[StandIn] | None = None
+) -> tuple[list[StandIn], list[BaseException | None]]:
     """Make what is missing on one thread for each encoder; what each has done, and what it raised."""
     num_ranks = len(encoders)
     barrier, box, work = threading.Barrier(num_ranks, timeout=30), [None] * num_ranks, open_work(run, "video", 0)
-    stages, raised = [StandIn() for _ in encoders], [None] * num_ranks
+    stages, raised = stages or [StandIn() for _ in encoders], [None] * num_ranks
 
     def live(rank: int) -> None:
         group = Thread(rank, num_ranks, barrier, box)
@@ -413,6 +451,26 @@ def test_lost_mp4s_are_shared_among_the_ranks_and_not_denoised_again(tmp_path: P
     assert raised == [None] * num_ranks
     assert [stage.animated for stage in stages] == [[]] * num_ranks
     assert [stage.decoded for stage in stages] == [list(lost[rank::num_ranks]) for rank in range(num_ranks)]
+
+
+def test_lost_mp4s_are_not_decoded_faster_than_they_are_written(tmp_path: Path) -> None:
+    """All frames of each that waits are in memory."""
+    run, slow, stage = shard_of(tmp_path, 6), Slow(), StandIn()
+    deliver(run, [Inline()])
+    for key in run.shard_keys(0):
+        run.mp4_path(key).unlink()
+    slow.stage = stage
+    deliver(run, [slow], [stage])
+    assert slow.waiting == [1] * 6
+
+
+def test_no_record_is_written_between_two_videos(tmp_path: Path) -> None:
+    """All ranks wait there: it is begun when the next video is under way."""
+    run = shard_of(tmp_path, 2)
+    stage = Watching(run=run)
+    _, raised = deliver(run, [Inline(), Inline()], [stage, StandIn()])
+    assert raised == [None, None]
+    assert stage.written == [False, True]
 
 
 def test_a_full_disk_on_one_rank_ends_all_of_them_with_its_reason(tmp_path: Path) -> None:
