@@ -75,7 +75,7 @@ def test_a_video_goes_through_the_runs_steps_and_on_from_a_saved_one(tmp_path: P
     stage, steps = RehearsalStage(config=config, group=ALONE), list[int]()
     start = time.monotonic()
     (made,) = stage.make([(first, None)], lambda position: steps.append(position.num_done))
-    assert 0.2 <= time.monotonic() - start < 1 and steps == list(range(1, 11))
+    assert time.monotonic() - start >= 0.2 and steps == list(range(1, 11))
     (resumed,) = stage.make([(first, position_after(7, 10))], lambda position: steps.append(position.num_done))
     assert steps[10:] == [8, 9, 10] and np.array_equal(made.record.latents_CTHW, resumed.record.latents_CTHW)
     video = stage.decode(made.record)
