@@ -185,6 +185,7 @@ class Delivery:
         self.due.append(partial(act, *values))
 
     def start_writes(self) -> None:
+        """Have the thread write what is due; it does so even if the element ends by an exception."""
         self.writes += map(self.files.submit, self.due)
         self.due.clear()
 
@@ -206,6 +207,8 @@ def deliver(delivery: Delivery, undecoded: tuple[str, ...], claimed: Iterable[Cl
     except Exception as error:
         _note_crash(delivery, error)
         raise
+    finally:  # the scheduler's warning too raises: what is finished is written before the process ends
+        delivery.start_writes()
     group.agree(delivery.finish, OSError)  # nobody seals before all MP4s are there
 
 

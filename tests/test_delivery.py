@@ -311,6 +311,19 @@ class Watching(StandIn):
             yield made
 
 
+@dataclass
+class Ending(StandIn):
+    """Raises as the second video begins."""
+
+    error: BaseException = field(kw_only=True)
+
+    def make(self, starts: Iterable[tuple[FirstFrame, Any]], progress: Any) -> Iterator[Made[VideoLatents]]:
+        for made in super().make(starts, progress):
+            if len(self.animated) == 2:
+                raise self.error
+            yield made
+
+
 def latents_of(key: str) -> NDArray[np.float32]:
     return np.full((16, 1, 2, 2), sum(key.encode()), dtype=np.float32)
 
@@ -471,6 +484,14 @@ def test_no_record_is_written_between_two_videos(tmp_path: Path) -> None:
     _, raised = deliver(run, [Inline(), Inline()], [stage, StandIn()])
     assert raised == [None, None]
     assert stage.written == [False, True]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bad item"), SystemExit(1)])
+def test_a_finished_video_outlives_the_end_of_the_next_before_its_first_step(tmp_path: Path, error: BaseException) -> None:
+    run = shard_of(tmp_path, 2)
+    _, raised = deliver(run, [Inline()], [Ending(error=error)])
+    assert raised == [error]
+    assert run.recorded("video", 0, run.shard_keys(0)) == {run.shard_keys(0)[0]}
 
 
 def test_a_full_disk_on_one_rank_ends_all_of_them_with_its_reason(tmp_path: Path) -> None:
