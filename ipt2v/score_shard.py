@@ -29,6 +29,7 @@ from ipt2v.work import Work
 
 if TYPE_CHECKING:
     from ipt2v.metrics.delivered import Delivered
+    from ipt2v.metrics.measures import Family
     from ipt2v.stages.score import ScoreStage
 
 PAUSE_SECONDS = 5.0  # between looks for a video that another element is still making
@@ -176,10 +177,20 @@ def _open_shard(work: Work, group: Group) -> ScoreShard:
         work=work,
         scoring=scoring,
         store=store,
-        stage=ScoreStage(scoring=scoring, weights_dir=work.weights_dir, device=group.device),
+        stage=ScoreStage(scoring=scoring, weights_dir=work.weights_dir, device=group.device, families=_families(work, scoring)),
         scorers={metric: scorer_of(metric, scoring) for metric in scoring.config.metrics},
         known=_known_rows(work),
     )
+
+
+def _families(work: Work, scoring: Scoring) -> tuple[Family, ...]:
+    if work.config.rehearsal.enabled:
+        from ipt2v.stages.rehearsal import measures
+
+        return measures(scoring.config.metrics)
+    from ipt2v.metrics.measures import FAMILIES
+
+    return FAMILIES
 
 
 def _known_rows(work: Work) -> dict[str, list[Score]]:

@@ -78,7 +78,7 @@ def prepare(config: RunConfig, *, weights_dir: Path, runs_dir: Path, num_shards:
 
 
 def _scoring(weights_dir: Path, config: RunConfig) -> Scoring | None:
-    if not config.score.metrics or config.rehearsal.enabled:
+    if not config.score.metrics:
         return None
     if "motion_amplitude" in config.score.metrics and find_spec("cv2") is None:
         raise ValueError("score.metrics: motion_amplitude needs OpenCV: pip install 'ipt2v[score]', or leave it out")

@@ -16,7 +16,16 @@ from ipt2v.mp4 import inspect_mp4
 from ipt2v.parallel import Group
 from ipt2v.records import Failure, FirstFrame, Item, Made
 from ipt2v.run import run_shard
-from ipt2v.stages.rehearsal import CAPTION_SHARE, RehearsalStage, canvas, make_first_frames, panned, position_after, seconds_of
+from ipt2v.stages.rehearsal import (
+    CAPTION_SHARE,
+    NOTE,
+    RehearsalStage,
+    canvas,
+    make_first_frames,
+    panned,
+    position_after,
+    seconds_of,
+)
 from ipt2v.testsets import read_testset
 from launch.freeze import freeze, prepare
 
@@ -113,6 +122,19 @@ def test_both_stages_run_without_weights_and_leave_the_usual_files(tmp_path: Pat
             config.video.height,
             config.video.num_frames,
         )
+
+
+def test_the_third_array_is_rehearsed_too_and_makes_up_no_score(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "score.metrics=[arc_sim, dd, motion_amplitude]")
+    run = freeze(prepare(config, weights_dir=tmp_path / "none", runs_dir=tmp_path / "runs", num_shards=1))
+    assert run.stages() == ("first_frame", "video", "score")
+    for stage in run.stages():
+        result = run_shard(run.root, stage, 0)
+        assert (result.done, result.failed) == (4, 0)
+    store = run.scores()
+    assert store is not None
+    rows = store.rows(0, run.shard_keys(0))
+    assert len(rows) == 12 and {(row.value, row.reason) for row in rows} == {(None, NOTE)}
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def test_what_was_measured_before_a_kill_is_not_measured_again(
             return measure_or_die
 
         families = tuple(replaced(family, load) if family is motion else family for family in measures.FAMILIES)
-        patch.setattr(score, "FAMILIES", families)
+        patch.setattr(measures, "FAMILIES", families)
         with pytest.raises(KeyboardInterrupt):
             run_shard(run.root, "score", 0)
     before = sorted(measured)

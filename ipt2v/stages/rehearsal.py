@@ -1,4 +1,4 @@
-"""Both arrays without models: the reference photo on a canvas with its prompt as caption, slowly panned.
+"""All arrays without models: the reference photo on a canvas with its prompt as caption, slowly panned; no score has a value.
 
 Same records, files, ranks and steps as the real stages, so that everything around the models is proven before GPUs are paid
 for: shards, queue, deliveries, faults, package, page. Legend: H height, W width, T frames, C=3 RGB.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,13 +19,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from ipt2v.config import RunConfig
+from ipt2v.config import Metric, RunConfig, ScoreConfig
 from ipt2v.models.vace.position import Position
 from ipt2v.parallel import Group
 from ipt2v.records import Failure, FirstFrame, Item, ItemError, Made, TextEmbedding, Video, VideoLatents, item_seed
 from ipt2v.references import load_photos
 
 if TYPE_CHECKING:
+    from ipt2v.metrics.measures import Family, Measure
     from ipt2v.models.vace.denoise import Progress
 
 CAPTION_SHARE = 0.2  # of the height
@@ -120,3 +122,14 @@ def panned(image_HWC: NDArray[np.uint8], num_frames: int) -> NDArray[np.uint8]:
     lefts = np.linspace(0, large.shape[1] - width, num_frames).round().astype(int)
     top = large.shape[0] - height
     return np.stack([large[top : top + height, left : left + width] for left in lefts])
+
+
+def measures(wanted: Collection[Metric]) -> tuple[Family, ...]:
+    """As metrics.measures.FAMILIES: the video is decoded, and each score is a row without a value."""
+    from ipt2v.metrics.measures import Family
+    from ipt2v.metrics.undefined import Undefined
+
+    def load(config: ScoreConfig, weights_dir: Path, device: torch.device) -> Measure:
+        return lambda video, metrics: {metric: Undefined(reason=NOTE) for metric in metrics}
+
+    return (Family(metrics=frozenset(wanted), load=load),)
