@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -22,9 +23,10 @@ from PIL import Image
 from ipt2v import hdf5
 from ipt2v.atomic import write_text
 from ipt2v.config import AcceptConfig
+from ipt2v.effort import Effort, effort_of, effort_of_scores
 from ipt2v.manifest import natural_key
 from ipt2v.mp4 import middle_frame
-from ipt2v.records import FirstFrame, Item, ItemError, Provenance, Score
+from ipt2v.records import FirstFrame, Item, ItemError, Score
 from ipt2v.references import load_reference
 from ipt2v.report_page import Card, Page, RunFacts, Shown, StageFacts, render
 from ipt2v.run_dir import RECORDED_STAGES, STAGES, RunDir, StageCount
@@ -37,17 +39,6 @@ THUMBNAIL_TRIES = ((240, 80), (240, 65), (240, 50), (200, 40), (160, 30), (96, 3
 MAX_THREADS = 16
 
 RecordT = TypeVar("RecordT")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Effort:
-    """What one item took in one stage."""
-
-    stage: str
-    seconds: float
-    rank_seconds: float  # of all ranks that made it together
-    on_gpu: bool
-    created: str  # UTC, ISO 8601
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +94,7 @@ def _look_at(run: RunDir, name: str, *, page_folder: Path) -> Shown:
         digest=environment.run_digest,
         code_version=environment.code_version,
         frozen=environment.created,
-        last_record=max((effort.created for effort in efforts), default=""),
+        last_record=_utc(max(effort.finished for effort in efforts)) if efforts else "",
         num_frames=config.video.num_frames,
         width=config.video.width,
         height=config.video.height,
@@ -171,9 +162,10 @@ def _card(photos: Mapping[str, Photo], page_folder: Path, source: Sources) -> tu
     troubles = [photo.trouble] if photo.trouble else []
     frame = _record(hdf5.load_first_frame, source, "first_frame", troubles)
     made = {stage: _record(hdf5.load_provenance, source, stage, troubles) for stage in RECORDED_STAGES}
-    efforts = [effort_of(one, stage) for stage, one in made.items() if one is not None]
+    tried = [_tried(effort_of, troubles, one, stage) for stage, one in made.items() if one is not None]
     if source.scores:
-        efforts.append(_scoring_effort(source.scores))
+        tried.append(_tried(effort_of_scores, troubles, source.scores))
+    efforts = [effort for effort in tried if effort is not None]
     middle_HWC = _tried(middle_frame, troubles, source.mp4) if source.mp4.is_file() else None
     card = Card(
         prompt=item.prompt,
@@ -213,22 +205,8 @@ def _with_first_frame(card: Card, frame: FirstFrame) -> Card:
     )
 
 
-def effort_of(made: Provenance, stage: str) -> Effort:
-    """What a record took. The ranks of a first frame's element make an item each, those of a video's make one together."""
-    return Effort(
-        stage=stage,
-        seconds=made.seconds,
-        rank_seconds=made.seconds * (made.num_ranks if stage == "video" else 1),
-        on_gpu=made.device.startswith("cuda"),
-        created=made.created,
-    )
-
-
-def _scoring_effort(rows: Sequence[Score]) -> Effort:
-    seconds = sum(row.seconds for row in rows)
-    on_gpu = any(row.device.startswith("cuda") for row in rows)
-    created = max(row.created for row in rows)
-    return Effort(stage="score", seconds=seconds, rank_seconds=seconds, on_gpu=on_gpu, created=created)
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _counts(run: RunDir, problems: list[str]) -> dict[str, list[StageCount]]:

@@ -7,14 +7,14 @@ import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import accumulate, groupby
 from pathlib import Path
 
 from ipt2v import hdf5
-from ipt2v.records import Provenance, Score
+from ipt2v.effort import Effort, effort_of, effort_of_scores
+from ipt2v.records import Score
 from ipt2v.run_dir import RunDir, StageCount
-from launch.rates import Finished, Sampled, spread
+from launch.rates import Finished, spread
 
 MAX_RECORDS = 200  # of each stage that are opened
 MAX_TABLES = 64  # of scores, one for each shard
@@ -26,7 +26,7 @@ class Measured:
     """What is known of the finished items of one stage."""
 
     num_done: int
-    sampled: tuple[Sampled, ...]
+    sampled: tuple[Effort, ...]
     finished: tuple[Finished, ...]
 
 
@@ -48,11 +48,11 @@ def measure(run: RunDir, stage: str, counts: Sequence[StageCount], keys: Mapping
     return Measured(num_done=num_done, sampled=tuple(sampled), finished=finished)
 
 
-def sample_records(run: RunDir, stage: str, counts: Sequence[StageCount], keys: Mapping[int, Sequence[str]]) -> list[Sampled]:
+def sample_records(run: RunDir, stage: str, counts: Sequence[StageCount], keys: Mapping[int, Sequence[str]]) -> list[Effort]:
     """What at most MAX_RECORDS records of these shards say; one that cannot be read says nothing."""
     if stage == "score":
         shards = [counts[place].shard for place in spread(len(counts), MAX_TABLES)]
-        return [sampled_of_scores(rows) for shard in shards for rows in _score_rows(run, shard, keys[shard])]
+        return [effort_of_scores(rows) for shard in shards for rows in _score_rows(run, shard, keys[shard])]
     digest = run.environment().run_digest
     ends = list(accumulate(count.done for count in counts))
     wanted: dict[StageCount, list[int]] = {}  # shard -> places among what is done of it
@@ -76,24 +76,11 @@ def _paths(run: RunDir, count: StageCount, keys: Sequence[str]) -> dict[str, Pat
     return run.record_paths(count.stage, count.shard, keys)
 
 
-def _sampled(path: Path, key: str, stage: str, run_digest: str) -> list[Sampled]:
+def _sampled(path: Path, key: str, stage: str, run_digest: str) -> list[Effort]:
     try:
-        made = hdf5.load_provenance(path, key, run_digest=run_digest)
-        return [sampled_of(made, stage)]
+        return [effort_of(hdf5.load_provenance(path, key, run_digest=run_digest), stage)]
     except (OSError, ValueError, KeyError, TypeError):  # damaged, of another run, or sealed at this moment
         return []
-
-
-def sampled_of(made: Provenance, stage: str) -> Sampled:
-    """A record's provenance. The ranks of a first frame's element make an item each, those of a video's make one together."""
-    together = stage != "first_frame"
-    return Sampled(
-        finished=datetime.fromisoformat(made.created).timestamp(),
-        seconds=made.seconds,
-        rank_seconds=made.seconds * (made.num_ranks if together else 1),
-        pace_seconds=made.seconds / (1 if together else made.num_ranks),
-        on_gpu=made.device.startswith("cuda"),
-    )
 
 
 def _score_rows(run: RunDir, shard: int, keys: Sequence[str]) -> list[list[Score]]:
@@ -104,18 +91,6 @@ def _score_rows(run: RunDir, shard: int, keys: Sequence[str]) -> list[list[Score
     except (OSError, ValueError):  # sealed at this moment, or damaged
         return []
     return [list(mine) for _, mine in groupby(rows, key=lambda row: row.key)]
-
-
-def sampled_of_scores(rows: Sequence[Score]) -> Sampled:
-    """What the scores of one video took, by one rank."""
-    seconds = sum(row.seconds for row in rows)
-    return Sampled(
-        finished=max(datetime.fromisoformat(row.created).timestamp() for row in rows),
-        seconds=seconds,
-        rank_seconds=seconds,
-        pace_seconds=seconds,
-        on_gpu=rows[0].device.startswith("cuda"),
-    )
 
 
 def _mp4_times(run: RunDir, keys: Sequence[str]) -> list[float]:

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ipt2v.effort import Effort
+
 HOUR_SECONDS = 3600.0
 # An element without a sign of life for so long is ended (stall_minutes of a cluster file): until then it may be loading a model
 SHORTEST_PAUSE_SECONDS = 30 * 60.0
@@ -26,17 +28,6 @@ class Finished:
 
     at: float  # seconds of Unix time
     items: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled:
-    """What one record says of its making."""
-
-    finished: float  # seconds of Unix time
-    seconds: float  # of the item, on all ranks that made it together
-    rank_seconds: float  # the same, of each of these ranks
-    pace_seconds: float  # of its element, for an item more
-    on_gpu: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +72,7 @@ class Element:
     starts_in: float | None = None  # seconds, if something is known of one that waits
 
 
-def rates(finished: Iterable[Finished], sampled: Sequence[Sampled]) -> Rates | None:
+def rates(finished: Iterable[Finished], sampled: Sequence[Effort]) -> Rates | None:
     """Of one stage. None if nothing is finished, or nobody knows how long an item takes."""
     if not sampled:
         return None
@@ -96,7 +87,7 @@ def rates(finished: Iterable[Finished], sampled: Sequence[Sampled]) -> Rates | N
     return Rates(last_hour=recent * per_hour[0], overall=total * per_hour[1], active_hours=active / HOUR_SECONDS)
 
 
-def active_ends(finished: Iterable[Finished], sampled: Sequence[Sampled]) -> list[tuple[float, float]]:
+def active_ends(finished: Iterable[Finished], sampled: Sequence[Effort]) -> list[tuple[float, float]]:
     """(seconds of active time until then, items), in order of time."""
     events = sorted(finished, key=lambda one: one.at)
     lead = statistics.median(one.seconds for one in sampled)
@@ -129,7 +120,7 @@ def pause_seconds(events: Sequence[Finished], longest_item_seconds: float) -> fl
     return longest
 
 
-def used(sampled: Sequence[Sampled], num_done: int) -> Used:
+def used(sampled: Sequence[Effort], num_done: int) -> Used:
     """By `num_done` items, of which these are a sample, or all."""
     share = num_done / len(sampled) / HOUR_SECONDS if sampled else 0.0
     return Used(
@@ -138,7 +129,7 @@ def used(sampled: Sequence[Sampled], num_done: int) -> Used:
     )
 
 
-def pace(sampled: Sequence[Sampled]) -> Pace | None:
+def pace(sampled: Sequence[Effort]) -> Pace | None:
     """The quartiles of what was measured; the mean, where that is outside of them: many items take its multiple."""
     seconds = sorted(one.pace_seconds for one in sampled)
     if not seconds:

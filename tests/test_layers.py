@@ -12,7 +12,7 @@ from helpers import ROOT, run_python
 # each line may import only lines above it, and its own package
 LAYERS = (
     ("records", "atomic", "version", "prompts", "leases", "listing", "watch", "preflight_report"),
-    ("config", "manifest", "references"),
+    ("config", "effort", "manifest", "references"),
     ("testsets",),
     ("answers", "delivery", "hdf5", "mp4", "score_dir"),
     ("run_dir",),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ipt2v.effort import Effort
 from ipt2v.records import reason_kind
 from launch.rates import (
     Element,
@@ -16,7 +17,6 @@ from launch.rates import (
     Finished,
     Pace,
     Rates,
-    Sampled,
     active_ends,
     estimate_by_rate,
     estimate_own,
@@ -32,8 +32,10 @@ START = 1.7e9
 EACH = Pace(low_seconds=100, high_seconds=200)
 
 
-def sampled(seconds: float, *, ranks: int = 1, on_gpu: bool = True) -> Sampled:
-    return Sampled(finished=START, seconds=seconds, rank_seconds=seconds * ranks, pace_seconds=seconds, on_gpu=on_gpu)
+def sampled(seconds: float, *, ranks: int = 1, on_gpu: bool = True) -> Effort:
+    return Effort(
+        stage="video", finished=START, seconds=seconds, rank_seconds=seconds * ranks, pace_seconds=seconds, on_gpu=on_gpu
+    )
 
 
 def one_after_the_other(count: int, seconds: float, begin: float = START) -> list[Finished]:

@@ -20,9 +20,10 @@ from report_reader import Page as Read
 from report_reader import facts, made_up
 
 from ipt2v import hdf5
+from ipt2v.effort import effort_of
 from ipt2v.mp4 import middle_frame, read_mp4, write_mp4
 from ipt2v.records import Failure, Score, reason_kind
-from ipt2v.report import MAX_THUMBNAIL_BYTES, effort_of, shared_keys, thumbnail, write_report
+from ipt2v.report import MAX_THUMBNAIL_BYTES, shared_keys, thumbnail, write_report
 from ipt2v.report_page import Card, Page, Shown, make_plot, render, safe_json
 from ipt2v.run_dir import RunDir, Scoring, seal_shard
 
