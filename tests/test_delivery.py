@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -267,8 +268,15 @@ def test_the_process_does_not_outlive_a_killed_rank(tmp_path: Path) -> None:
         wait_for((tmp_path / "1.begun").exists)
         rank.kill()
     (tmp_path / "go").touch()
-    wait_for(lambda: not Path(f"/proc/{pid}").exists() or "State:\tZ" in Path(f"/proc/{pid}/status").read_text())
+    wait_for(partial(is_over, pid))
     assert (tmp_path / "1.mp4").exists() and not (tmp_path / "2.mp4").exists()
+
+
+def is_over(pid: int) -> bool:
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # reaped, before or while we looked
+        return True
 
 
 # --- a shard of videos, with a stand-in for the model ---------------------------------------------------------------------
