@@ -497,8 +497,8 @@ def test_no_record_is_written_between_two_videos(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [RuntimeError("a bad item"), SystemExit(1)])
 def test_a_finished_video_outlives_the_end_of_the_next_before_its_first_step(tmp_path: Path, error: BaseException) -> None:
     run = shard_of(tmp_path, 2)
-    _, raised = deliver(run, [Inline(), Inline()], [Ending(error=error), Ending(error=error)])
-    assert raised == [error, error]
+    _, raised = deliver(run, [Inline(), Inline()], [Ending(error=error), StandIn()])
+    assert raised[0] is error  # rank 1 waits for it in vain
     assert run.recorded("video", 0, run.shard_keys(0)) == {run.shard_keys(0)[0]}
 
 
