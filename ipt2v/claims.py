@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ipt2v import hdf5
+from ipt2v.first_frames import FirstFrames
 from ipt2v.leases import Leases
 from ipt2v.models.vace.position import Position
 from ipt2v.parallel import Group
@@ -47,6 +48,10 @@ class Claims:
     took: list[float] = field(default_factory=list)  # seconds of each video of this element
     shards: list[int] = field(default_factory=list)  # from which something was taken
     out_of_time: bool = False
+    first_frames: FirstFrames = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first_frames = FirstFrames(work=self.work)
 
     def undecoded(self) -> tuple[str, ...]:
         """The keys of the own shard that have latents but no MP4, and nobody at work on it."""
@@ -62,28 +67,31 @@ class Claims:
             keys = videos_to_make(self.work) if shard == own else self._left_by_others(shard)
             for key, after in zip(keys, (*keys[1:], None), strict=False):
                 self._drop_delivered()
+                if not self._take(key, shard):
+                    continue
                 # the first is begun however late it is: what is saved of it brings the run forward
                 if self.took and seconds_left() < DELIVERY_SECONDS + statistics.median(self.took):
+                    self.leases.drop(key)
                     self.out_of_time = True
                     return
-                if self._take(key, shard):
-                    yield self._claim(key, shard, None if after is None else (after, shard))
+                yield self._claim(key, shard, None if after is None else (after, shard))
 
     def _left_by_others(self, shard: int) -> tuple[str, ...]:
         """What another element has not come to; from the end, where it is last. What has crashed one is left to its own."""
         run, keys = self.work.run, self.work.run.shard_keys(shard)
-        over = run.recorded("video", shard, keys) | run.failed("video", keys)
-        ready = run.recorded("first_frame", shard, keys) - over
+        try:
+            over = run.recorded("video", shard, keys) | run.failed("video", keys)
+            ready = run.recorded("first_frame", shard, keys) - over
+        except hdf5.UnreadableError as error:
+            log.warning("%s; left to shard %d", error, shard)
+            return ()
         return tuple(key for key in reversed(keys) if key in ready and not run.crashes(key))
 
     def _take(self, key: str, shard: int) -> bool:
         if not self.leases.take(key):
             return False
         run = self.work.run
-        if key in run.recorded("video", shard, [key]) | run.failed("video", [key]):  # somebody was faster
-            self.leases.drop(key)
-            return False
-        if shard != self.work.shard and not self._opens(key, shard):
+        if self._is_over(key, shard) or not self._opens(key, shard):  # somebody was faster; or nobody can make it
             self.leases.drop(key)
             return False
         crashes = run.crashes(key)
@@ -93,13 +101,17 @@ class Claims:
             return False
         return True
 
+    def _is_over(self, key: str, shard: int) -> bool:
+        return key in self.work.run.recorded("video", shard, [key]) | self.work.run.failed("video", [key])
+
     def _opens(self, key: str, shard: int) -> bool:
-        """Whether another shard's first frame can be read; its own element will see to it."""
-        path, digest = self.work.run.record_path("first_frame", shard, key), self.work.environment.run_digest
+        """Whether the first frame can be read. If not, the item has failed; another shard's own element will see to that."""
         try:
-            hdf5.load_provenance(path, key, run_digest=digest)
+            self.first_frames.get(key, shard)
         except hdf5.UnreadableError as error:
-            log.warning("%s; left to shard %d", error, shard)
+            if shard == self.work.shard:
+                self.work.run.save_failure(Failure(key=key, stage="video", reason=str(error)))
+            log.warning("%s; %s", error, "failed" if shard == self.work.shard else f"left to shard {shard}")
             return False
         return True
 

@@ -160,13 +160,13 @@ def serve(descriptor: int) -> None:
             write = partial(getattr(importlib.import_module(told["module"]), told["name"]), **told["settings"])
         # When the rank has hung up, jobs may still wait: they are dropped, nobody would hear how they went.
         while write is not None and not _events(channel) & select.POLLHUP:
-            message, descriptors, _, _ = socket.recv_fds(channel, _MAX_MESSAGE, 1)
-            if not message:
-                return
-            reply = _encode(write, _Job(**json.loads(message)), descriptors[0])
             try:
+                message, descriptors, _, _ = socket.recv_fds(channel, _MAX_MESSAGE, 1)
+                if not message:
+                    return
+                reply = _encode(write, _Job(**json.loads(message)), descriptors[0])
                 channel.send(_packed(asdict(reply)))
-            except BrokenPipeError:
+            except ConnectionError:  # the rank is dead; a traceback here would be the last word in its log
                 return
 
 

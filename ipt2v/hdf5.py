@@ -36,7 +36,7 @@ _SHARED = ("temporal_text", "negative_text", "reference")  # attributes that nam
 
 
 class UnreadableError(ValueError):
-    """A file that no HDF5 library opens: cut short, or damaged."""
+    """A file that no HDF5 library opens, or a record in it that none reads: cut short, or damaged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +264,11 @@ def _item(path: Path, key: str, run_digest: str) -> Iterator[tuple[h5py.File, h5
                 f"{path}: record {key} was made by run {found[:12]}, expected {run_digest[:12]}; "
                 "move it away, or use the run folder that it belongs to"
             )
-        yield file, group
+        try:
+            yield file, group
+        except Exception as error:  # a damaged file makes HDF5 raise nearly anything
+            text = f"{path}: record {key} is damaged ({type(error).__name__}: {_one_line(error)})"
+            raise UnreadableError(f"{text}; `ipt2v verify RUN --repair` puts it aside, then submit again") from error
 
 
 def _set_attributes(

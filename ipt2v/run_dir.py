@@ -1,6 +1,6 @@
 """Where everything of one run lies, and what of it is done. A file under its final name is complete; there is no other mark.
 
-    config.yaml  manifest.jsonl  environment.json  shards/000.jsonl    frozen once; jobs read only these
+    config.yaml  manifest.jsonl  environment.json  shards/000.jsonl    frozen, but for where weights lie; jobs read only these
     first_frame/parts/<key>.h5 -> first_frame/000.h5                   one record, sealed when its shard is done
     first_frame/answers/                                               what the LLM said, once for each distinct question
     video/<key>.mp4  video/parts/<key>.h5 -> video/000.h5              the delivered file; latents and provenance beside it
@@ -179,8 +179,10 @@ class RunDir:
         """What the run was frozen with. Raises ValueError if this is no run folder."""
         try:
             return Environment(**json.loads(self.environment_path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{self.root}: not a run folder (no environment.json); `ipt2v submit CONFIG` makes one") from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(_damaged(self.environment_path, error)) from None
 
     def config(self) -> RunConfig:
         """The frozen settings. Raises ValueError, naming both digests, if somebody has changed them since."""
@@ -204,9 +206,13 @@ class RunDir:
 
     def shard_keys(self, shard: int) -> tuple[str, ...]:
         """The keys of one shard's items; for counting, which wants neither prompts nor checks."""
-        lines = self.shard_path(shard).read_text(encoding="utf-8").split("\n")
-        items = json.loads(f"[{','.join(line for line in lines if line)}]")  # one call: a third of the time of a call a line
-        return tuple(f"{item['identity']}/{item['prompt_id']}" for item in items)
+        path = self.shard_path(shard)
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+            items = json.loads(f"[{','.join(line for line in lines if line)}]")  # one call, a third of the time of one a line
+            return tuple(f"{item['identity']}/{item['prompt_id']}" for item in items)
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(_damaged(path, error)) from None
 
     def record_path(self, stage: str, shard: int, key: str) -> Path:
         """The file that holds record `key`: its part, or the sealed shard. Raises KeyError if neither does."""
@@ -226,8 +232,11 @@ class RunDir:
     def record_paths(self, stage: str, shard: int, keys: Collection[str]) -> dict[str, Path]:
         """key -> the file that holds its record, of a shard's keys that have one. Opens the sealed shard only, never a part."""
         sealed = self.sealed_path(stage, shard)
-        in_shard = set(hdf5.sealed_keys(sealed)).intersection(keys) if sealed.exists() else set()
+        in_shard = _sealed_of(sealed, keys)
         in_parts = existing(self.root / stage / "parts", set(keys) - in_shard, ".h5")
+        if len(in_shard) + len(in_parts) < len(keys):  # parts that were sealed between the two looks are seen by neither
+            in_shard = _sealed_of(sealed, keys)
+            in_parts -= in_shard
         return dict.fromkeys(in_shard, sealed) | {key: self.part_path(stage, key) for key in in_parts}
 
     def recorded(self, stage: str, shard: int, keys: Collection[str]) -> set[str]:
@@ -249,7 +258,11 @@ class RunDir:
     def count(self, stage: str, shard: int, keys: Collection[str], scoring: Scoring | None = None) -> StageCount:
         """Progress of a shard. An item that failed in an earlier stage has failed in the later ones."""
         left = set(keys) - self.done(stage, shard, keys, scoring)
-        failed = set().union(*(self.failed(earlier, left) for earlier in STAGES[: STAGES.index(stage) + 1]))
+        failed = set().union(*(self.failed(earlier, left) for earlier in STAGES[: STAGES.index(stage)]))
+        here = self.failed(stage, left)
+        if stage == "score" and here:  # who deletes a video to have it made anew wants it measured too
+            here = existing(self.root / "video", here, ".mp4")
+        failed |= here
         num_failed, num_missing = len(failed), len(left - failed)
         return StageCount(stage=stage, shard=shard, done=len(keys) - len(left), failed=num_failed, missing=num_missing)
 
@@ -267,6 +280,16 @@ class RunDir:
                 f"{self.root}/{name}: digest {found[:12]}, but the run was frozen as {expected[:12]}; "
                 "restore the file, or submit the changed settings as a new run"
             )
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    """One line on a frozen file that is not as it was written. It can be had again: another freeze writes the same."""
+    found = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({type(error).__name__}: {error})"
+    return f"{path}: {found}; restore it from a copy, or from what the same `ipt2v freeze` writes to other --runs"
+
+
+def _sealed_of(sealed: Path, keys: Collection[str]) -> set[str]:
+    return set(hdf5.sealed_keys(sealed)).intersection(keys) if sealed.exists() else set()
 
 
 def seal_shard(run: RunDir, stage: str, shard: int, keys: Collection[str]) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ipt2v import hdf5
 from ipt2v.claims import Claim, Claims, agreed
 from ipt2v.delivery import Encoder, background_encoder, turns
+from ipt2v.first_frames import FirstFrames
 from ipt2v.leases import leases
 from ipt2v.models.vace.position import Position
 from ipt2v.mp4 import write_mp4
@@ -63,7 +64,10 @@ def _load_and_deliver(
     with background_encoder(write_mp4, crf=work.config.video.crf) as encoder, ThreadPoolExecutor(1) as files:
         stage = _load(work, group)
         life = group.from_first(uuid.uuid4().hex[:12])
-        delivery = Delivery(work=work, group=group, stage=stage, encoder=encoder, files=files, life=life)
+        first_frames = FirstFrames(work=work) if claims is None else claims.first_frames
+        delivery = Delivery(
+            work=work, group=group, stage=stage, encoder=encoder, files=files, life=life, first_frames=first_frames
+        )
         with on_interruption(delivery.steps.save):
             deliver(delivery, undecoded, claimed, claims)
 
@@ -131,10 +135,10 @@ class Delivery:
     group: Group
     stage: VideoStage | RehearsalStage
     encoder: Encoder
-    files: ThreadPoolExecutor  # one thread that reads and writes records while a video is denoised
+    files: ThreadPoolExecutor  # one thread that writes records while a video is denoised
+    first_frames: FirstFrames
     life: str = ""  # the same on all ranks, another after each start of the element
     steps: Steps = field(init=False)
-    ahead: tuple[tuple[str, int], Future[FirstFrame]] | None = None
     due: list[Callable[[], None]] = field(default_factory=list)  # what is to be written once the GPUs are at work again
     writes: list[Future[None]] = field(default_factory=list)
 
@@ -152,27 +156,19 @@ class Delivery:
         self.settle()
         return videos
 
-    def first_frame(self, key: str, shard: int) -> FirstFrame:
-        path = self.work.run.record_path("first_frame", shard, key)
-        return hdf5.load_first_frame(path, key, run_digest=self.work.environment.run_digest)
-
     def starts(self, claimed: Iterable[Claim]) -> Iterator[tuple[FirstFrame, Position | None]]:
         """Each claim's first frame, read while the video before it was denoised."""
         for claim in claimed:
-            place = (claim.key, claim.shard)
-            read = self.ahead is not None and self.ahead[0] == place
-            found = self.ahead[1].result() if read and self.ahead is not None else self.first_frame(*place)
-            self.ahead = None
             self.steps.begin(claim)
-            yield found, claim.position
+            yield self.first_frames.get(claim.key, claim.shard), claim.position
 
     def note(self, position: Position) -> None:
         """A step of the video in work is done. Files are written and read now: between videos, all ranks would wait for it."""
         self.steps.note(position)
         self.start_writes()
         upcoming = None if self.steps.claim is None else self.steps.claim.upcoming
-        if upcoming is not None and self.ahead is None:
-            self.ahead = (upcoming, self.files.submit(self.first_frame, *upcoming))
+        if upcoming is not None:
+            self.first_frames.fetch(*upcoming)
 
     def settle(self) -> None:
         """Wait until all records are written. Raises what one has raised, or an MP4 that could not be written."""
@@ -190,7 +186,12 @@ class Delivery:
         self.due.clear()
 
     def hand_over(self, video: Video) -> None:
-        self.write(self.encoder.hand_over, video, self.work.run.mp4_path(video.key))
+        self.write(self._hand_over, video)
+
+    def _hand_over(self, video: Video) -> None:
+        run = self.work.run
+        run.failure_path("score", video.key).unlink(missing_ok=True)  # of an MP4 that was there before
+        self.encoder.hand_over(video, run.mp4_path(video.key))
 
     def finish(self) -> None:
         """Wait until all is on the disk. Raises OSError if something could not be written."""
@@ -215,13 +216,12 @@ def deliver(delivery: Delivery, undecoded: tuple[str, ...], claimed: Iterable[Cl
 def _decode_lost(delivery: Delivery, undecoded: tuple[str, ...]) -> None:
     """Deliver what an earlier run has denoised and no more."""
     work, batches = delivery.work, turns(undecoded, delivery.group.world_size).values()
-    keys, digest = [key for batch in batches for key in delivery.own(batch)], work.environment.run_digest
-    paths = work.run.record_paths("video", work.shard, keys)
+    keys = [key for batch in batches for key in delivery.own(batch)]
 
     def decode_own() -> None:
         for key in beating(keys):
             delivery.settle()  # no more frames in memory than the encoder lets wait
-            delivery.hand_over(delivery.stage.decode(hdf5.load_video_latents(paths[key], key, run_digest=digest)))
+            delivery.hand_over(delivery.stage.decode(work.load(hdf5.load_video_latents, "video", key)))
 
     delivery.group.agree(decode_own, OSError)
 

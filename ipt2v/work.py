@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ipt2v import hdf5
 from ipt2v.config import RunConfig
@@ -16,6 +16,8 @@ from ipt2v.parallel import Group
 from ipt2v.records import Item, Made, Provenance
 from ipt2v.run_dir import WEIGHTS_DIR_VARIABLE, Environment, RunDir
 from ipt2v.version import code_version, package_versions
+
+RecordT = TypeVar("RecordT")
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,17 @@ class Work:
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
         )
 
+    def load(self, read: Callable[..., RecordT], stage: str, key: str, shard: int | None = None) -> RecordT:
+        """What `read` makes of a record of this shard or another, wherever it lies: it may be sealed at this moment.
+
+        Raises KeyError if there is none, UnreadableError if it is damaged, ValueError if another run made it.
+        """
+        place, digest = (stage, self.shard if shard is None else shard, key), self.environment.run_digest
+        try:
+            return read(self.run.record_path(*place), key, run_digest=digest)
+        except FileNotFoundError:
+            return read(self.run.record_path(*place), key, run_digest=digest)
+
     def recorded(self, stage: str, keys: Collection[str]) -> set[str]:
         """Which of the shard's keys have a record of this run in `stage`, each opened.
 
@@ -71,6 +84,8 @@ class Work:
         for key, path in paths.items():
             try:
                 hdf5.load_provenance(path, key, run_digest=self.environment.run_digest)
+            except FileNotFoundError:
+                self.load(hdf5.load_provenance, stage, key)
             except hdf5.UnreadableError as error:
                 if path != self.run.part_path(stage, key):
                     raise

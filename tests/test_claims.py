@@ -6,12 +6,14 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
+import h5py
 import pytest
 import torch
 from helpers import first_frame, frozen_run, provenance, video_latents, write_tree
 
-from ipt2v import hdf5
+from ipt2v import hdf5, run_dir
 from ipt2v.claims import DELIVERY_SECONDS, MAX_CRASHES, Claims
 from ipt2v.leases import Leases
 from ipt2v.models.vace.position import Position
@@ -138,6 +140,53 @@ def test_what_has_crashed_an_element_is_tried_by_its_own_alone_and_at_last_count
     (failure,) = run.failures()
     assert (failure.key, failure.stage) == (key, "video")
     assert failure.reason == f"{MAX_CRASHES} elements crashed in it: RuntimeError: odd again"
+
+
+def damage(path: Path) -> None:
+    """Cut the pixels' own bytes up; the file opens, and so does its provenance."""
+    with h5py.File(path, "r+") as file:
+        dataset = next(group["image"] for identity in file["items"].values() for group in identity.values())
+        place, size = dataset.id.get_chunk_info(0).byte_offset, dataset.id.get_chunk_info(0).size
+    data = bytearray(path.read_bytes())
+    data[place : place + size] = bytes(size)
+    path.write_bytes(data)
+
+
+def test_a_damaged_first_frame_fails_its_item_and_ends_no_element(run: RunDir) -> None:
+    own, others = run.shard_keys(0), run.shard_keys(1)
+    damage(run.part_path("first_frame", own[1]))
+    damage(run.part_path("first_frame", others[2]))
+    assert set(taken(claims(run, 0))) == {*own, *others, *run.shard_keys(2)} - {own[1], others[2]}
+    (failure,) = run.failures()
+    assert (failure.key, failure.stage) == (own[1], "video")
+    assert "damaged" in failure.reason and "verify RUN --repair" in failure.reason
+
+
+def test_a_sealed_shard_that_does_not_open_is_left_to_its_own(run: RunDir) -> None:
+    seal_shard(run, "first_frame", 1, run.shard_keys(1))
+    run.sealed_path("first_frame", 1).write_bytes(b"cut short")
+    assert set(taken(claims(run, 0))) == {*run.shard_keys(0), *run.shard_keys(2)}
+
+
+def test_a_part_that_is_sealed_at_this_moment_is_still_read(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, keys = open_work(run, "video", 0), run.shard_keys(0)
+    stale = run.record_paths("first_frame", 0, keys)
+    seal_shard(run, "first_frame", 0, keys)
+    looks = [stale, run.record_paths("first_frame", 0, keys)]
+    monkeypatch.setattr(RunDir, "record_paths", lambda *_: looks.pop(0))
+    assert work.load(hdf5.load_first_frame, "first_frame", keys[0]).key == keys[0]
+
+
+def test_a_shard_that_is_sealed_between_two_looks_loses_no_record(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, look = run.shard_keys(0), run_dir.existing
+
+    def late(*arguments: Any) -> set[str]:
+        monkeypatch.setattr(run_dir, "existing", look)
+        seal_shard(run, "first_frame", 0, keys)
+        return look(*arguments)
+
+    monkeypatch.setattr(run_dir, "existing", late)
+    assert run.recorded("first_frame", 0, keys) == set(keys)
 
 
 @pytest.mark.parametrize(("spare", "expected"), [(-1.0, True), (30.0, False)])

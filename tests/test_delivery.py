@@ -28,10 +28,11 @@ from numpy.typing import NDArray
 from ipt2v import hdf5, video_shard
 from ipt2v.claims import Claims, agreed
 from ipt2v.delivery import MAX_WAITING, Encoder, background_encoder, turns
+from ipt2v.first_frames import FirstFrames
 from ipt2v.leases import Leases
 from ipt2v.mp4 import write_mp4
 from ipt2v.parallel import Group
-from ipt2v.records import FirstFrame, Made, Video, VideoLatents
+from ipt2v.records import Failure, FirstFrame, Made, Video, VideoLatents
 from ipt2v.run_dir import RunDir
 from ipt2v.stages.rehearsal import position_after
 from ipt2v.video_shard import Delivery
@@ -272,6 +273,19 @@ def test_the_process_does_not_outlive_a_killed_rank(tmp_path: Path) -> None:
     assert (tmp_path / "1.mp4").exists() and not (tmp_path / "2.mp4").exists()
 
 
+def test_the_process_ends_without_a_word_when_its_rank_is_killed_with_an_answer_unread(tmp_path: Path) -> None:
+    """Its traceback would be the last word in the dead rank's log, and `why` would take it for the cause."""
+    command = [sys.executable, "-c", HAND_OVER_AND_SLEEP, str(tmp_path)]
+    (tmp_path / "go").touch()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as rank:
+        assert rank.stdout is not None and rank.stderr is not None
+        rank.stdout.readline()
+        wait_for((tmp_path / "2.mp4").exists)
+        time.sleep(0.2)  # its answer is on its way
+        rank.kill()
+        assert rank.stderr.read() == ""  # until the process, which shares it, has ended
+
+
 def is_over(pid: int) -> bool:
     try:
         return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
@@ -429,7 +443,14 @@ def deliver(
             with ThreadPoolExecutor(1) as files:
                 undecoded = group.from_first(() if claims is None else claims.undecoded())
                 claimed = agreed(None if claims is None else claims.videos(), group)
-                delivery = Delivery(work=work, group=group, stage=stages[rank], encoder=encoders[rank], files=files)
+                delivery = Delivery(
+                    work=work,
+                    group=group,
+                    stage=stages[rank],
+                    encoder=encoders[rank],
+                    files=files,
+                    first_frames=FirstFrames(work=work),
+                )
                 video_shard.deliver(delivery, undecoded, claimed, claims)
         except BaseException as error:
             raised[rank] = error
@@ -472,6 +493,15 @@ def test_lost_mp4s_are_shared_among_the_ranks_and_not_denoised_again(tmp_path: P
     assert raised == [None] * num_ranks
     assert [stage.animated for stage in stages] == [[]] * num_ranks
     assert [stage.decoded for stage in stages] == [list(lost[rank::num_ranks]) for rank in range(num_ranks)]
+
+
+def test_an_mp4_that_is_made_anew_has_not_failed_to_be_measured(tmp_path: Path) -> None:
+    run = shard_of(tmp_path, 2)
+    keys = run.shard_keys(0)
+    for key in keys:
+        run.save_failure(Failure(key=key, stage="score", reason="does not decode"))
+    deliver(run, [Inline()])
+    assert run.failures() == []
 
 
 def test_lost_mp4s_are_not_decoded_faster_than_they_are_written(tmp_path: Path) -> None:

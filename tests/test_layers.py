@@ -28,6 +28,7 @@ LAYERS = (
     ("metrics",),
     ("stages",),
     ("position_file", "work", "preflight"),
+    ("first_frames",),
     ("claims",),
     ("score_shard", "video_shard"),
     ("run",),

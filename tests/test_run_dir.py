@@ -220,6 +220,27 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, what: str) -> None:
     assert error_of(RunDir(tmp_path), what).startswith(str(tmp_path))
 
 
+def test_a_file_in_place_of_a_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert error_of(RunDir(tmp_path / "file"), "environment").startswith(f"{tmp_path / 'file'}: not a run folder")
+
+
+@pytest.mark.parametrize("content", ["", "x", '{"run_digest": ', "[]", '{"of": "another version"}'])
+def test_a_damaged_environment_is_named_with_what_to_do(run: RunDir, content: str) -> None:
+    run.environment_path.write_text(content)
+    text = error_of(run, "environment")
+    assert text.startswith(f"{run.environment_path}: damaged (") and "; restore it from a copy, or " in text
+
+
+@pytest.mark.parametrize("content", [b"x", b'{"identity": "id001"', b'{"identity": "id001"}\n', b"3\n", b"\xff\n"])
+def test_a_damaged_shard_is_named_with_what_to_do(run: RunDir, content: bytes) -> None:
+    run.shard_path(0).write_bytes(content)
+    text = error_of(run, "shard_keys", 0)
+    assert text.startswith(f"{run.shard_path(0)}: damaged (") and "; restore it from a copy, or " in text
+    run.shard_path(0).unlink()
+    assert error_of(run, "shard_keys", 0).startswith(f"{run.shard_path(0)}: missing; restore it from a copy")
+
+
 # --- a large run --------------------------------------------------------------------------------------------------------
 
 NUM_SHARDS, IDENTITIES_PER_SHARD, PROMPTS = 1000, 20, 5

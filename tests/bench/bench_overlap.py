@@ -89,6 +89,7 @@ def rank(form: str, root: str, speedup: float) -> None:
     """One rank; the first prints its seconds of denoising and of all."""
     from ipt2v import video_shard
     from ipt2v.claims import Claims, agreed, videos_to_make
+    from ipt2v.first_frames import FirstFrames
     from ipt2v.leases import leases
     from ipt2v.parallel import group_from_environment
     from ipt2v.work import open_work
@@ -103,7 +104,14 @@ def rank(form: str, root: str, speedup: float) -> None:
         else:
             with leases(work.run.leases_path, f"rank {group.rank}") as mine, ThreadPoolExecutor(1) as files:
                 claims = Claims(work=work, leases=mine) if group.is_first else None
-                delivery = video_shard.Delivery(work=work, group=group, stage=stage, encoder=encoder, files=files)
+                delivery = video_shard.Delivery(
+                    work=work,
+                    group=group,
+                    stage=stage,
+                    encoder=encoder,
+                    files=files,
+                    first_frames=FirstFrames(work=work) if claims is None else claims.first_frames,
+                )
                 video_shard.deliver(delivery, (), agreed(None if claims is None else claims.videos(), group), claims)
         wall = time.monotonic() - start
         if group.is_first:
