@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
@@ -18,6 +19,7 @@ from ipt2v.listing import existing
 from ipt2v.records import Score
 
 _COLUMNS = tuple(field.name for field in fields(Score))
+SHA256_DIGITS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,4 +113,8 @@ def _score(row: dict[str, str]) -> Score:
         raise ValueError(f"found columns {', '.join(map(str, row))}, expected {', '.join(_COLUMNS)}")
     value = float(row["value"]) if row["value"] else None
     texts = {name: row[name] for name in ("key", "metric", "device", "created", "video_sha256", "scorer")}
+    if len(row["video_sha256"]) != SHA256_DIGITS:
+        raise ValueError(f"found sha256 {row['video_sha256']!r}, expected {SHA256_DIGITS} hex digits")
+    if value is not None and not math.isfinite(value):  # written before such values were refused
+        return Score(**texts, value=None, reason=f"found {value}, expected a number", seconds=float(row["seconds"]))
     return Score(**texts, value=value, reason=row["reason"] or None, seconds=float(row["seconds"]))

@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import av
+import numpy as np
+from numpy.typing import NDArray
 
 from ipt2v import hdf5
 from ipt2v.config import Metric, Scoring
 from ipt2v.leases import is_held
 from ipt2v.mp4 import read_fps, read_mp4
 from ipt2v.parallel import Group
-from ipt2v.records import Failure, Item, ItemError, Score
+from ipt2v.records import Failure, Item, Score
 from ipt2v.references import load_reference
 from ipt2v.score_dir import ScoreDir, read_scores, write_scores
 from ipt2v.watch import beat, seconds_left
@@ -45,14 +47,14 @@ def make_scores(work: Work, group: Group) -> bool:
         todo, is_more_coming = group.from_first(shard.look() if group.is_first else ((), False))
         shard.measure(todo[group.rank :: group.world_size])
         group.meet()
-        ends = group.from_first(shard.out_of_time or not is_more_coming)
-        if ends:
+        out_of_time = group.anywhere(shard.out_of_time)
+        if out_of_time or not is_more_coming:
             break
         beat()
         time.sleep(PAUSE_SECONDS)
     if group.is_first:
         shard.seal()
-    return group.from_first(shard.out_of_time)
+    return out_of_time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,13 +84,17 @@ class ScoreShard:
         """What there is to measure now, and whether somebody is still making a video of the shard."""
         run, keys = self.work.run, self.work.keys
         left = set(keys) - self._over()
+        held = {key for key in left if is_held(run.leases_path, key)}  # asked first: a lease ends when its MP4 is there
         delivered = run.done("video", self.work.shard, left)
         todo = tuple(item for item in self.work.items if item.key in delivered)
-        return todo, any(is_held(run.leases_path, key) for key in left - delivered)
+        return todo, bool(held - delivered)
 
     def measure(self, items: Sequence[Item]) -> None:
         """Scores of videos, or failures of those that do not decode."""
         for item, loaded in self._loaded_ahead(items):
+            if self.took and seconds_left() < END_SECONDS + statistics.median(self.took):
+                self.out_of_time = True
+                return
             start = time.monotonic()
             if isinstance(loaded, Failure):
                 self.work.run.save_failure(loaded)
@@ -110,9 +116,6 @@ class ScoreShard:
             self.store.finish(item.key, [loaded.rows[metric] for metric in self.scoring.config.metrics])
             self.took.append(time.monotonic() - start)
             log.info("score %s %.1f s", item.key, self.took[-1])
-            if seconds_left() < END_SECONDS + statistics.median(self.took):
-                self.out_of_time = True
-                return
 
     def _loaded_ahead(self, items: Sequence[Item]) -> Iterator[tuple[Item, Loaded | Failure]]:
         with ThreadPoolExecutor(1) as decoder:
@@ -128,27 +131,29 @@ class ScoreShard:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         same = [row for row in self.known.get(item.key, []) if row.video_sha256 == sha256]
         good = {metric: row for metric, scorer in self.scorers.items() for row in same if row.scorer == scorer}
+        if len(good) == len(self.scorers):
+            return Loaded(item=item, sha256=sha256, rows=good, video=None)
         try:
-            video = None if len(good) == len(self.scorers) else self._decode(item)
-        except (av.error.FFmpegError, IndexError, ValueError, ItemError) as error:
+            frames_THWC, fps = read_mp4(path), read_fps(path)
+        except (av.error.FFmpegError, IndexError, ValueError) as error:
+            if isinstance(error, OSError):  # the disk's fault, not the video's
+                raise
             remedy = "delete it and submit again to make it anew"
             return Failure(key=item.key, stage="score", reason=f"{path} cannot be measured ({error}); {remedy}")
-        return Loaded(item=item, sha256=sha256, rows=good, video=video)
+        return Loaded(item=item, sha256=sha256, rows=good, video=self._delivered(item, frames_THWC, fps))
 
-    def _decode(self, item: Item) -> Delivered:
+    def _delivered(self, item: Item, frames_THWC: NDArray[np.uint8], fps: float) -> Delivered:
+        """The video and what it is compared with. Raises ValueError if that is not as it was: nobody's video is to blame."""
         import torch
 
         from ipt2v.metrics.delivered import Delivered
 
-        run, path = self.work.run, self.work.run.mp4_path(item.key)
         first_frame = None
         if "first_frame_arc_sim" in self.scorers:
-            record = run.record_path("first_frame", self.work.shard, item.key)
-            digest = self.work.environment.run_digest
-            first_frame = hdf5.load_first_frame(record, item.key, run_digest=digest).image_HWC
+            first_frame = self.work.load(hdf5.load_first_frame, "first_frame", item.key).image_HWC
         return Delivered(
-            frames_THWC=torch.from_numpy(read_mp4(path)),
-            fps=read_fps(path),
+            frames_THWC=torch.from_numpy(frames_THWC),
+            fps=fps,
             prompt=item.prompt,
             reference_HWC=load_reference(item),
             first_frame_HWC=first_frame,

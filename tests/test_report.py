@@ -54,7 +54,13 @@ def save_scores(run: RunDir, values: dict[str, dict[str, float | None]]) -> None
     run.save_scoring(Scoring(config=config, weights={}))
     store = run.scores()
     assert store is not None
-    common = {"seconds": 0.5, "device": "cuda:0", "created": "2025-01-01T01:00:00.000+00:00", "video_sha256": "", "scorer": ""}
+    common = {
+        "seconds": 0.5,
+        "device": "cuda:0",
+        "created": "2025-01-01T01:00:00.000+00:00",
+        "video_sha256": "0" * 64,
+        "scorer": "",
+    }
     for key, mine in values.items():
         rows = [
             Score(key=key, metric=metric, value=value, reason="no face" if value is None else None, **common)  # type: ignore[arg-type]

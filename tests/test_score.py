@@ -11,6 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import first_frame, frozen_run, noise_frames, provenance, video_latents
 
 from ipt2v import hdf5
@@ -18,11 +19,14 @@ from ipt2v.config import Metric
 from ipt2v.metrics import measures
 from ipt2v.metrics.toy_weights import write_toy_scores
 from ipt2v.mp4 import write_mp4
+from ipt2v.parallel import Group
 from ipt2v.records import Score
 from ipt2v.run import run_shard
 from ipt2v.run_dir import RunDir
 from ipt2v.score_dir import read_scores, write_scores
+from ipt2v.score_shard import make_scores
 from ipt2v.stages import score
+from ipt2v.work import open_work
 
 pytestmark = pytest.mark.slow
 CHEAP: tuple[Metric, ...] = ("oc", "dd", "motion_pixels", "first_frame_arc_sim")
@@ -169,6 +173,33 @@ def test_a_video_that_does_not_decode_is_a_failure_and_its_neighbours_are_scored
     assert {key for key, _ in rows_of(run)} == {whole}
     (failure,) = run.failures()
     assert (failure.key, failure.stage) == (broken, "score") and str(run.mp4_path(broken)) in failure.reason
+    run.mp4_path(broken).unlink()  # as the failure says
+    assert run.count("score", 0, run.shard_keys(0)).missing == 1
+
+
+def test_a_photo_that_is_out_of_reach_fails_the_element_and_no_video(tmp_path: Path) -> None:
+    run = scored_run(tmp_path)
+    (tmp_path / "testset").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="image"):
+        run_shard(run.root, "score", 0)
+    assert run.failures() == []
+    (tmp_path / "elsewhere").rename(tmp_path / "testset")
+    assert run_shard(run.root, "score", 0).done == 2
+
+
+@pytest.mark.parametrize("late_rank", [0, 1])
+def test_all_ranks_end_as_out_of_time_when_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late_rank: int) -> None:
+    run, asked = scored_run(tmp_path), list[bool]()
+
+    class Pair(Group):
+        def anywhere(self, here: bool) -> bool:
+            asked.append(here)
+            return here or late_rank == 1
+
+    monkeypatch.setattr("ipt2v.score_shard.seconds_left", lambda: 0.0 if late_rank == 0 else 1e9)
+    group = Pair(rank=0, world_size=1, num_nodes=1, device=torch.device("cpu"))
+    assert make_scores(open_work(run, "score", 0), group)
+    assert asked == [late_rank == 0]
 
 
 def test_videos_that_are_still_made_are_waited_for_and_others_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +247,10 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
     ]
     write_scores(tmp_path / "rows.csv", rows)
     assert read_scores(tmp_path / "rows.csv") == rows
+    text = (tmp_path / "rows.csv").read_text(encoding="utf-8")
+    (tmp_path / "cut.csv").write_text(text[: text.rindex("0" * 64) + 12], encoding="utf-8")
+    with pytest.raises(ValueError, match=r"cut\.csv: no table of scores"):
+        read_scores(tmp_path / "cut.csv")
     (tmp_path / "rows.csv").write_text("key,metric\nid001/prompt1,oc\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"rows\.csv: no table of scores"):
         read_scores(tmp_path / "rows.csv")

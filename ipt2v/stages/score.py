@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -55,6 +56,8 @@ class ScoreStage:
         return self._loaded[family]
 
     def _row(self, key: str, sha256: str, metric: Metric, value: float | Undefined, seconds: float) -> Score:
+        if not isinstance(value, Undefined) and not math.isfinite(value):
+            value = Undefined(reason=f"found {value}, expected a number")
         return Score(
             key=key,
             metric=metric,
