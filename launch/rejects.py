@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
-from ipt2v.run_dir import RunDir
-from ipt2v.takes import Rejected, make_room, rejected
-from launch.evidence import find_shard
+from ipt2v.run_dir import RECORDED_STAGES, STAGES, RunDir
+from ipt2v.takes import Rejected, half_forgotten, make_room, rejected
+
+AGAIN = "again"
+_LEFT_ALONE = {  # fate of a rejected item -> what is said of how many
+    "failed": "have failed in their newest take: `ipt2v retry {run} --failed` lets the next submission make it again",
+    "unmade": "have another take that is not made yet",
+    "unscored": "have another take that waits for its scores",
+    "used up": "have had {max_takes} takes (score.accept.max_takes): the best of them is delivered",
+    "busy": "are in shards of which something waits or runs: submit again when that is over",
+    "no record": "have lost a record of how they were made: submitting makes it anew, reject them after that",
+}
 
 
 def reject(run: RunDir, busy: Collection[int]) -> list[str]:
@@ -17,16 +26,41 @@ def reject(run: RunDir, busy: Collection[int]) -> list[str]:
     """
     scoring, found = run.scoring(), rejected(run)
     max_takes = 1 if scoring is None else scoring.config.accept.max_takes
-    shards = {one.key: find_shard(run, one.key) for one in found}
-    again = [one for one in found if one.num_takes < max_takes and shards[one.key] not in busy]
-    for shard in sorted({shards[one.key] for one in again}):
-        make_room(run, shard, [one.key for one in again if shards[one.key] == shard])
-    lines = [f"{len(found)} videos are rejected, {len(again)} are made again with another seed", *reason_lines(found)]
-    if used_up := sum(one.num_takes >= max_takes for one in found):
-        lines.append(f"{used_up} have had {max_takes} takes (score.accept.max_takes): the best of them is delivered")
-    if waiting := len(found) - len(again) - used_up:
-        lines.append(f"{waiting} are in shards of which something waits or runs: submit again when that is over")
-    return lines
+    counts: Counter[str] = Counter()
+    for shard in sorted({one.shard for one in found}):
+        fates = _fates(run, [one for one in found if one.shard == shard], max_takes, shard in busy)
+        if again := [key for key, fate in fates.items() if fate == AGAIN]:
+            make_room(run, shard, again)
+        counts.update(fates.values())
+    lines = [f"{len(found)} videos are rejected, {counts[AGAIN]} are made again with another seed", *reason_lines(found)]
+    said = {fate: text.format(run=run.root, max_takes=max_takes) for fate, text in _LEFT_ALONE.items()}
+    return [*lines, *(f"{counts[fate]} {text}" for fate, text in said.items() if counts[fate])]
+
+
+def _fates(run: RunDir, found: Sequence[Rejected], max_takes: int, is_busy: bool) -> dict[str, str]:
+    """key -> AGAIN, or why the item is left alone; of one shard's items."""
+    keys, shard = [one.key for one in found], found[0].shard
+    failed = set().union(*(run.failed(stage, keys) for stage in STAGES))
+    recorded = set(keys).intersection(*(run.recorded(stage, shard, keys) for stage in RECORDED_STAGES))
+    begun = half_forgotten(run, shard, [one.key for one in found if one.present is None])
+    fates = {}
+    for one in found:
+        if one.key in failed:
+            fate = "failed"
+        elif one.present is None and one.key not in begun:
+            fate = "unmade"
+        elif one.present is not None and not one.present.rows:
+            fate = "unscored"
+        elif one.num_takes >= max_takes:
+            fate = "used up"
+        elif is_busy:
+            fate = "busy"
+        elif one.key not in recorded | begun:
+            fate = "no record"
+        else:
+            fate = AGAIN
+        fates[one.key] = fate
+    return fates
 
 
 def reason_lines(found: Collection[Rejected]) -> list[str]:
