@@ -144,7 +144,7 @@ def examine_mp4(path: Path) -> Mp4Facts:
         with av.open(str(path)) as container:
             facts |= _stream_facts(container)
             facts |= _decoded_facts(container)
-    except (av.error.FFmpegError, IndexError, OSError) as error:
+    except Exception as error:  # a damaged header makes PyAV raise nearly anything: UnicodeDecodeError of a tag, for one
         facts["error"] = f"does not open ({getattr(error, 'strerror', None) or error})"
     return Mp4Facts(**facts)
 
@@ -184,6 +184,8 @@ def _places(boxes: tuple[tuple[str, bytes], ...], kind: str) -> float:
 def _stream_facts(container: av.container.InputContainer) -> dict[str, Any]:
     kinds = [stream.type for stream in container.streams]
     stream = container.streams.video[0]
+    if stream.codec_context is None:  # PyAV's types do not say so
+        raise ValueError("its codec is unknown")
     return {
         "num_video_streams": kinds.count("video"),
         "num_audio_streams": kinds.count("audio"),

@@ -74,21 +74,24 @@ def write_package(
 ) -> Package:
     """Check every delivered MP4 by decoding it, and zip them under the names that the leaderboard wants.
 
-    `fill` is a run of the same items that gives what is missing or broken. Raises RefusedError if anything is wrong that the
-    rules require, or a video is missing (unless allowed), and ValueError if a frozen file of a run has been changed.
+    `fill` is a run of the same items that gives what is missing or broken; what is missing in both may be allowed, too. Raises
+    RefusedError if anything is wrong that the rules require, or a video is missing (unless allowed), and ValueError if a frozen
+    file of a run has been changed.
     """
     look = look_at(run, rules or load_rules(None, run.environment().testset_format), progress=progress)
     names, problems = _names(look)
     wrong = _wrong(look)
     other = None if fill is None or not wrong else look_at(fill, look.rules, only=wrong, progress=progress)
-    filled, unfit = ({}, []) if other is None else _filled(look, other, wrong)
+    filled, unfit = ({}, {}) if other is None else _filled(look, other, wrong)
     missing = tuple(key for key in look.missing if key not in filled)
+    left_out = set(missing) if allow_missing else set[str]()
     for fault in look.problems():
-        is_left_out = allow_missing and fault.kind == "missing" and set(fault.keys) <= set(missing)
+        is_left_out = fault.kind == "missing" and left_out >= set(fault.keys)
         if not is_left_out and not (fault.keys and filled.keys() >= set(fault.keys)):
             problems.append(fault.line(run.root))
-    if problems or unfit:
-        raise RefusedError(run, problems + unfit)
+    problems += [line for key, line in unfit.items() if key not in left_out]
+    if problems:
+        raise RefusedError(run, problems)
     sources = [
         Source(item=look.items[key], look=other if other and key in filled else look, name=name, is_filled=key in filled)
         for key, name in names.items()
@@ -105,18 +108,18 @@ def _wrong(look: Look) -> dict[str, str]:
     return {key: fault.line(look.run.root) for fault in reversed(faults) for key in fault.keys if key in look.items}
 
 
-def _filled(look: Look, other: Look, wrong: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+def _filled(look: Look, other: Look, wrong: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """Of the items in `wrong` those that the other run gives, and what is wrong with the rest there."""
     root, there = other.run.root, _wrong(other)
-    filled, unfit = dict[str, str](), list[str]()
+    filled, unfit = dict[str, str](), dict[str, str]()
     for key, what in wrong.items():
         mine, theirs = look.items[key], other.items.get(key)
         if theirs is None:
-            unfit.append(f"{root}: {key}: not to be filled from here: the run has no such item")
+            unfit[key] = f"{root}: {key}: not to be filled from here: the run has no such item"
         elif (mine.prompt, mine.reference_sha256) != (theirs.prompt, theirs.reference_sha256):
-            unfit.append(f"{root}: {key}: not to be filled from here: another prompt or photo")
+            unfit[key] = f"{root}: {key}: not to be filled from here: another prompt or photo"
         elif key in there:
-            unfit.append(f"{root}: {there[key]}")
+            unfit[key] = f"{root}: {there[key]}"
         else:
             filled[key] = what
     return filled, unfit
@@ -196,7 +199,6 @@ def _manifest(
     missing: tuple[str, ...],
 ) -> Manifest:
     looks = dict.fromkeys((look.run, *(source.look.run for source in sources)))
-    scores = {run: _scores(run) for run in looks}
     runs = {}
     for run in looks:
         environment = run.environment()
@@ -207,11 +209,11 @@ def _manifest(
         runs=runs,
         archives=archives,
         missing=missing,
-        videos=tuple(_packed(source, archive_of[source.name], scores[source.look.run]) for source in sources),
+        videos=tuple(_packed(source, archive_of[source.name]) for source in sources),
     )
 
 
-def _packed(source: Source, archive: str, scores: dict[str, dict[str, float | None]]) -> PackedVideo:
+def _packed(source: Source, archive: str) -> PackedVideo:
     look, key, member = source.look, source.item.key, source.member
     record, first_frame = look.records["video"].get(key), look.records["first_frame"].get(key)
     provenance = None if record is None else record.provenance
@@ -229,15 +231,5 @@ def _packed(source: Source, archive: str, scores: dict[str, dict[str, float | No
         temporal_prompt=texts.get("temporal_prompt"),
         seed=None if provenance is None else provenance.seed,
         code_version=None if provenance is None else provenance.code_version,
-        scores=scores.get(key, {}),
+        scores={row.metric: row.value for row in look.scores[key]},
     )
-
-
-def _scores(run: RunDir) -> dict[str, dict[str, float | None]]:
-    """key -> metric -> value, of the way in which the run is scored now."""
-    store, found = run.scores(), dict[str, dict[str, float | None]]()
-    if store is not None:
-        for shard in range(run.environment().num_shards):
-            for row in store.rows(shard, run.shard_keys(shard)):
-                found.setdefault(row.key, {})[row.metric] = row.value
-    return found

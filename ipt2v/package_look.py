@@ -15,10 +15,10 @@ from ipt2v.hdf5 import Found
 from ipt2v.mp4 import Mp4Facts
 from ipt2v.package_reading import Progress, Read, ToRead, Unreadable, read_all
 from ipt2v.package_settings import Level, PackageRules, problems_of
-from ipt2v.records import Item, item_seed, take_seed
+from ipt2v.records import Item, Score, item_seed, take_seed
 from ipt2v.run_dir import RECORDED_STAGES, Environment, RunDir
 from ipt2v.score_dir import ScoreDir, read_scores
-from ipt2v.takes import best_takes
+from ipt2v.takes import Take, best_takes
 
 PART = -1  # in place of a shard: a file of one record
 MAX_TAKES = 100  # of an item, whose seeds are known as the run's own
@@ -57,6 +57,7 @@ class Look:
     is_whole: bool  # every item was looked at
     faults: list[Fault] = field(default_factory=list)
     delivered: dict[str, Path] = field(default_factory=dict)  # key -> the MP4 of its best take
+    scores: dict[str, tuple[Score, ...]] = field(default_factory=dict)  # key -> what was measured of that MP4
     facts: dict[Path, Mp4Facts] = field(default_factory=dict)
     records: dict[str, dict[str, Found]] = field(
         default_factory=lambda: {stage: {} for stage in RECORDED_STAGES}
@@ -127,7 +128,8 @@ def look_at(run: RunDir, rules: PackageRules, *, only: Collection[str] | None = 
         shard_of=shard_of,
         is_whole=only is None,
     )
-    look.delivered = _delivered(look)
+    for key, take in _delivered(look).items():
+        look.delivered[key], look.scores[key] = take.mp4, take.rows
     videos = {run.mp4_path(key): key for key in items if run.mp4_path(key).is_file()}
     takes = {path: key for key, path in look.delivered.items() if path not in videos}
     stored = list(_stored(look)) if rules.checks.records.rule != "off" else []
@@ -149,13 +151,13 @@ def look_at(run: RunDir, rules: PackageRules, *, only: Collection[str] | None = 
     return look
 
 
-def _delivered(look: Look) -> dict[str, Path]:
-    """The MP4 of each item that has one: of the takes that were kept the best, if it is better than the present one."""
+def _delivered(look: Look) -> dict[str, Take]:
+    """The take of each item that has an MP4: of those that were kept the best, if it is better than the present one."""
     by_shard: dict[int, list[str]] = {}
     for key, shard in look.shard_of.items():
         by_shard.setdefault(shard, []).append(key)
-    best = {key: take.mp4 for shard, keys in by_shard.items() for key, take in best_takes(look.run, shard, keys).items()}
-    return {key: best[key] for key in look.items if key in best and best[key].is_file()}
+    best = {key: take for shard, keys in by_shard.items() for key, take in best_takes(look.run, shard, keys).items()}
+    return {key: best[key] for key in look.items if key in best and best[key].mp4.is_file()}
 
 
 def _judge_take(look: Look, stage: str, key: str, path: Path, read: Read) -> None:
@@ -271,7 +273,7 @@ def _strays(look: Look) -> list[Fault]:
     return [
         Fault(kind="extra", path=path, what="of no item of the test set", level=level)
         for path in sorted(found)
-        if path not in known and not path.name.startswith(".")
+        if path not in known and not path.name.startswith(".") and not path.is_dir()  # an identity may be called x.mp4
     ]
 
 
@@ -295,4 +297,5 @@ def _compare_scores(look: Look) -> None:
 
 
 def _score_files(store: ScoreDir) -> list[Path]:
-    return sorted([*store.folder.glob("*.csv"), *(store.folder / "parts").rglob("*.csv")])
+    found = [*store.folder.glob("*.csv"), *(store.folder / "parts").rglob("*.csv")]
+    return sorted(path for path in found if not path.is_dir())

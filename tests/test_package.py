@@ -23,7 +23,7 @@ from PIL import Image
 
 from ipt2v import hdf5
 from ipt2v.atomic import write_text
-from ipt2v.config import RunConfig, load_settings, run_digest
+from ipt2v.config import AcceptConfig, RunConfig, load_settings, run_digest
 from ipt2v.manifest import dumps_manifest, manifest_digest
 from ipt2v.mp4 import read_mp4, write_mp4
 from ipt2v.package import RefusedError, write_package
@@ -31,6 +31,7 @@ from ipt2v.package_settings import FOLDER, PackageRules, load_rules, member_name
 from ipt2v.package_zip import Member, split
 from ipt2v.records import Item, Score, item_seed
 from ipt2v.run_dir import RunDir, Scoring
+from ipt2v.score_dir import write_scores
 
 ARCHIVE_NAME = "facial_results.zip"
 FILES = [ARCHIVE_NAME, "manifest.json", "sha256.txt"]
@@ -153,6 +154,12 @@ def cut(path: Path, share: float) -> None:
     path.write_bytes(data[: int(len(data) * share)])
 
 
+def rename_codec(run: RunDir) -> None:
+    """One bit of the header: the sample entry."""
+    path = run.mp4_path(ITEM)
+    path.write_bytes(path.read_bytes().replace(b"avc1\0", b"avb1\0"))
+
+
 def flip_latents(run: RunDir, key: str = ITEM) -> None:
     """One bit of a video's latents, where they lie in the sealed shard."""
     path = run.sealed_path("video", 1)
@@ -198,6 +205,7 @@ VIDEO_FAULTS: dict[str, tuple[Plant, list[str]]] = {
         ["luma: black: found 16, expected at least 18", "motion: frozen: found 0, expected at least 0.1"],
     ),
     "frozen": (lambda run: rewrite(run, still()), ["motion: frozen: found 0.0"]),
+    "unknown codec": (rename_codec, ["does not open (its codec is unknown)"]),
     "missing": (lambda run: run.mp4_path(ITEM).unlink(), ["missing"]),
 }
 RECORD_FAULTS: dict[str, tuple[Plant, str]] = {
@@ -443,6 +451,35 @@ def test_of_several_takes_the_one_that_is_delivered_is_packed(finished: RunDir) 
     assert refusal(finished)[0].startswith(f"takes/{ITEM}/1/video.h5: not a readable HDF5 file")
 
 
+def test_the_manifest_has_the_scores_of_the_take_that_is_delivered(finished: RunDir) -> None:
+    accept = AcceptConfig(at_least={"ms": 0.5})
+    config = finished.config().score.model_copy(update={"metrics": ("ms",), "accept": accept})
+    finished.save_scoring(Scoring(config=config, weights={}))
+    store, folder = finished.scores(), finished.takes_path(ITEM) / "1"
+    assert store is not None
+    folder.mkdir(parents=True)
+    write_mp4(folder / "video.mp4", moving(), fps=16, crf=18)
+    for stage in ("first_frame", "video"):
+        hdf5.seal(folder / f"{stage}.h5", [(ITEM, finished.sealed_path(stage, 1))])
+    for path, value in ((folder / "video.mp4", 0.4), (finished.mp4_path(ITEM), 0.1)):
+        values = {"key": ITEM, "metric": "ms", "scorer": "x", "device": "cpu", "created": "", "reason": None, "seconds": 1.0}
+        row = Score(**values, value=value, video_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+        if path.parent == folder:
+            write_scores(folder / "scores.csv", [row])
+        else:
+            store.finish(ITEM, [row])
+    write_package(finished)
+    [video] = [video for video in manifest_of(finished)["videos"] if video["key"] == ITEM]
+    assert video["sha256"] == hashlib.sha256((folder / "video.mp4").read_bytes()).hexdigest()
+    assert video["scores"] == {"ms": 0.4}
+
+
+def test_a_folder_that_is_called_like_a_video_is_no_stray(tmp_path: Path, videos: list[Path]) -> None:
+    write_tree(tmp_path / "testset", ("id001", "x.mp4"))
+    run = deliver(frozen_run(tmp_path), videos)
+    assert write_package(run).num_videos == 4
+
+
 # --- names --------------------------------------------------------------------------------------------------------------
 
 
@@ -536,6 +573,25 @@ def test_what_is_broken_in_the_other_run_too_is_named(finished: RunDir, fallback
         f"{VIDEO}missing: its latents are there, and are decoded by the next submission",
         f"{fallback.root}: {VIDEO}frames: found 17",
     ]
+
+
+def test_what_is_missing_in_both_runs_can_be_left_out(finished: RunDir, fallback: RunDir) -> None:
+    lost = "id001/prompt2"
+    for key in ("id001/prompt1", lost):
+        finished.mp4_path(key).unlink()
+    rewrite(finished, moving(), fps=24)
+    fallback.mp4_path(lost).unlink()
+    assert len(refusal(finished, fill=fallback)) == 2  # it is missing here, and there
+    package = write_package(finished, fill=fallback, allow_missing=True)
+    assert (package.num_videos, package.missing, package.filled.keys()) == (3, (lost,), {"id001/prompt1", ITEM})
+    assert manifest_of(finished)["missing"] == [lost]
+
+
+def test_what_is_broken_here_and_not_whole_there_is_not_left_out(finished: RunDir, fallback: RunDir) -> None:
+    rewrite(finished, moving(), fps=24)
+    fallback.mp4_path(ITEM).unlink()
+    found = refusal(finished, fill=fallback, allow_missing=True)
+    assert any(line.startswith(f"{fallback.root}: {VIDEO}missing") for line in found)
 
 
 def test_another_item_of_the_same_name_fills_nothing(finished: RunDir, tmp_path: Path, videos: list[Path]) -> None:
