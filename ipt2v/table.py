@@ -136,6 +136,7 @@ class Scored:
     scorers: Mapping[Metric, str]  # digest of what measured
     num_missing: int = 0  # items without scores, yet or for good
     num_rejected: int = 0  # by the run's rules, if it has any
+    num_used_up: int = 0  # of these, those that have had all takes that the rules allow
 
 
 def scored(run: RunDir) -> Scored:
@@ -143,27 +144,36 @@ def scored(run: RunDir) -> Scored:
     scoring = run.scoring()
     if scoring is None:
         raise ValueError(f"{run.root}: this run is not scored; set score.metrics in its config, and submit again")
-    rows: list[Score] = []
-    num_items = 0
+    rows, present = list[Score](), list[Score]()
+    num_items, store = 0, run.scores()
     for shard in range(run.environment().num_shards):
         keys = run.shard_keys(shard)
         rows += [row for take in best_takes(run, shard, keys).values() for row in take.rows]
+        present += [] if store is None else store.rows(shard, keys)
         num_items += len(keys)
     if not rows:
         raise ValueError(f"{run.root}: no scores yet; `ipt2v status {run.root}` says how far it is")
     values: dict[Metric, dict[str, float | None]] = {metric: {} for metric in scoring.config.metrics}
+    scorers = _newest_scorers(rows) | _newest_scorers(present)
     for row in rows:
-        if row.metric in values:  # an older take may have been measured in another way
-            values[row.metric][row.key] = row.value
+        if row.metric in values:  # an older take may have been measured in another way: its values are not to be compared
+            values[row.metric][row.key] = row.value if row.scorer == scorers[row.metric] else None
     accept = scoring.config.accept
+    bad = rejected(run) if accept.at_least or accept.at_most else []
     return Scored(
         name=run.root.name,
         config=run.config(),
         values=values,
-        scorers={row.metric: row.scorer for row in rows},  # type: ignore[misc]
+        scorers=scorers,
         num_missing=num_items - len({row.key for row in rows}),
-        num_rejected=len(rejected(run)) if accept.at_least or accept.at_most else 0,
+        num_rejected=len(bad),
+        num_used_up=sum(one.num_takes >= accept.max_takes for one in bad),
     )
+
+
+def _newest_scorers(rows: Iterable[Score]) -> dict[Metric, str]:
+    """metric -> what measured it last."""
+    return {row.metric: row.scorer for row in sorted(rows, key=lambda row: row.created)}  # type: ignore[misc]
 
 
 def make_table(runs: Sequence[Scored], *, normalised: bool = False) -> list[Line]:

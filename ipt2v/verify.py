@@ -6,7 +6,9 @@ Knows nothing of models and schedulers; that nobody is at work on the run is for
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +16,7 @@ from pathlib import Path
 from ipt2v import hdf5
 from ipt2v.package_look import Fault, Look
 from ipt2v.package_settings import Check, PackageRules
-from ipt2v.run_dir import RunDir
+from ipt2v.run_dir import RECORDED_STAGES, RunDir
 
 REMEDIES = {  # by kind of fault: what `repair` and the next submission make of it
     "missing": "made by the next submission",
@@ -26,6 +28,10 @@ REMEDIES = {  # by kind of fault: what `repair` and the next submission make of 
     "take": "put aside with all of this take: the best of the others is delivered",
     "extra": "put aside",
     "scores": "measured again",
+}
+HAS_FAILED = {  # by stage: of an item that no submission makes, as its failure record says that it cannot be made
+    "first_frame": "`ipt2v retry {run} --failed`, then submit, tries it again; {photo}",
+    "video": "`ipt2v retry {run} --failed`, then submit, makes it",
 }
 
 
@@ -64,14 +70,38 @@ def strict(rules: PackageRules) -> PackageRules:
     return rules.model_copy(update={"checks": rules.checks.model_copy(update=required)})
 
 
+def photo_advice(run: RunDir) -> str:
+    """What to do about an item that has failed in first_frame: what fails for good there is the reading of its photo."""
+    packed = f"`ipt2v package RUN2 --fill {shlex.quote(str(run.root))}`"
+    return (
+        "with the same photo it fails again, with another one it is another run, RUN2, and this one stays as it is: "
+        f"{packed} packs RUN2 with the videos of this one where they are of the same photo and prompt"
+    )
+
+
 def verdict(look: Look) -> list[str]:
     """A line for each fault with what becomes of it, and one that sums up."""
-    root, faults = look.run.root, look.problems()
+    root, faults, failed = look.run.root, look.problems(), failed_items(look)
     lines = [f"note: {fault.line(root)}" for fault in look.problems("warn")]
-    lines += [f"{fault.line(root)}; {REMEDIES[fault.kind]}" for fault in faults]
+    lines += [f"{fault.line(root)}; {_remedy(look.run, fault, failed)}" for fault in faults]
     found = f"{len(faults)} problems" if faults else "whole"
     old = f"; {look.num_unchecked} older records have no checksum: known to be readable, no more" if look.num_unchecked else ""
     return [*lines, f"{root}: {look.num_files} files read: {found}{old}"]
+
+
+def failed_items(look: Look) -> dict[str, str]:
+    """key -> stage, of broken and missing items with a failure record: neither `repair` nor a submission makes them."""
+    wanted = [key for fault in look.problems() if fault.kind in ("missing", "video") for key in fault.keys]
+    lifted = {key for fault in look.problems() if fault.stage == "first_frame" for key in fault.keys}  # by `repair`
+    no_frame, no_video = (look.run.failed(stage, wanted) for stage in RECORDED_STAGES)
+    return dict.fromkeys(no_video - lifted, "video") | dict.fromkeys(no_frame, "first_frame")
+
+
+def _remedy(run: RunDir, fault: Fault, failed: Mapping[str, str]) -> str:
+    stages = [failed[key] for key in fault.keys if key in failed] if fault.kind in ("missing", "video") else []
+    if not stages:
+        return REMEDIES[fault.kind]
+    return HAS_FAILED[stages[0]].format(run=shlex.quote(str(run.root)), photo=photo_advice(run))
 
 
 def repair(look: Look) -> Repair:
@@ -88,6 +118,9 @@ def repair(look: Look) -> Repair:
             done.put_aside(fault.path)
         if fault.kind == "take":
             done.put_aside(fault.path.parent)
+        if fault.stage == "first_frame":  # of which a video could not be made
+            for key in fault.keys:
+                done.put_aside(run.failure_path("video", key))
     again = _videos_to_make(look)
     for key in again:
         done.put_aside(run.mp4_path(key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ app = typer.Typer()
 def table(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders; the others are compared with the first")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="folder for table.md, .csv, .json; the first run's unless said")
+        Path | None, typer.Option("--out", file_okay=False, help="folder for table.md, .csv, .json; else the first run's")
     ] = None,
     vbench: Annotated[
         bool, typer.Option("--vbench", help="OC, AQ, IQ, MS and DD as VBench's leaderboard normalises them")
@@ -51,8 +52,11 @@ def table(
     for one in found:
         if one.num_missing:
             print(f"{one.name}: {one.num_missing} videos are not scored")
-        if one.num_rejected:
-            print(f"{one.name}: {one.num_rejected} videos are rejected; `ipt2v submit CONFIG --rejected` makes them again")
+        if left := one.num_rejected - one.num_used_up:
+            print(f"{one.name}: {left} videos are rejected; `ipt2v submit CONFIG --rejected` makes them again")
+        if one.num_used_up:
+            told = "are rejected and have had all takes (score.accept.max_takes): the best of them is delivered"
+            print(f"{one.name}: {one.num_used_up} videos {told}")
     print(f"{folder / 'table.md'}, .csv and .json")
 
 
@@ -123,7 +127,6 @@ def verify(
     from ipt2v.run_dir import RunDir
     from ipt2v.verify import strict, verdict
     from launch.fault_text import printable
-    from launch.retry import submit_command
 
     opened = RunDir(run)
     if faults := frozen_faults(opened):
@@ -138,8 +141,21 @@ def verify(
     if look.problems():
         if repair:
             _put_aside(look)
-        print("made again by:" + ("" if repair else f"\n  ipt2v verify {run} --repair") + f"\n  {submit_command(opened)}")
+        print("\n".join(_way_back(look, is_repaired=repair)))
     raise typer.Exit(1 if look.problems() else 0)
+
+
+def _way_back(look: Look, *, is_repaired: bool) -> list[str]:
+    """The commands that make again what is broken or missing, in their order."""
+    from ipt2v.verify import failed_items
+    from launch.retry import rename_lines, submit_command, submitted_root
+
+    run, failed, commands = submitted_root(look.run), failed_items(look), list[str]()
+    if not is_repaired and any(not fault.keys or not failed.keys() >= set(fault.keys) for fault in look.problems()):
+        commands.append(shlex.join(["ipt2v", "verify", str(run), "--repair"]))
+    if failed:
+        commands.append(shlex.join(["ipt2v", "retry", str(run), "--failed"]))
+    return [*rename_lines(look.run), "made again by:", *(f"  {line}" for line in (*commands, submit_command(look.run)))]
 
 
 def _put_aside(look: Look) -> None:

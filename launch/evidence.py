@@ -189,9 +189,12 @@ def _counts(run: RunDir, stage: str, shard: int) -> str:
 
 
 def _item_advice(run: RunDir, key: str) -> list[str]:
-    if any(run.failed(stage, [key]) for stage in STAGES):
-        return [f"  to do: `ipt2v retry {run.root} {shlex.quote(key)}`, then submit, makes it again"]
-    return []
+    from ipt2v.verify import photo_advice  # here alone, as it loads what reads videos
+
+    again = f"  to do: `ipt2v retry {run.root} {shlex.quote(key)}`, then submit,"
+    if run.failed("first_frame", [key]):
+        return [f"{again} tries it again;", f"  {photo_advice(run)}"]
+    return [f"{again} makes it again"] if any(run.failed(stage, [key]) for stage in STAGES) else []
 
 
 def item_lines(run: RunDir, key: str, shard: int) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,21 +44,22 @@ class Prepared:
 def prepare(config: RunConfig, *, weights_dir: Path, runs_dir: Path, num_shards: int | None = None) -> Prepared:
     """Read test set and weights, and decide the run's folder and shards. Writes nothing.
 
-    A run that is there keeps its shards. Raises ValueError if the test set or the weights are not whole, or the run is there
-    with another number of shards than asked for.
+    A run that is there keeps its shards, but follows weights that were moved. Raises ValueError if the test set or the weights
+    are not whole, or the run is there with another number of shards than asked for.
     """
-    config = with_templates(config)
+    config = _with_absolute_testset(with_templates(config))
     testset = Path(config.testset.path)
     items = of_some_identities(read_testset(testset, config.testset.format), config.testset.identities)
     check_weights(weights_dir, config)
     weights = fingerprints(weights_dir, config)
     digest = run_digest(config, manifest_digest=manifest_digest(items), weights=weights)
-    name = f"{config.name}-rehearsal" if config.rehearsal.enabled else config.name
-    run = RunDir(runs_dir.absolute() / f"{name}-{digest[:8]}")
+    run = RunDir(runs_dir.absolute() / run_name(config, digest))
     scoring = _scoring(weights_dir, config)
     if run.root.exists():
         _check_same(run, digest, num_shards)
         environment = run.environment()
+        if not config.rehearsal.enabled:  # that reads no weights
+            environment = replace(environment, weights_dir=str(weights_dir.absolute()))
         frozen = tuple(map(run.shard, range(environment.num_shards)))
         known = run.config().model_copy(update={"score": config.score})
         return Prepared(run=run, config=known, environment=environment, shards=frozen, scoring=scoring)
@@ -88,6 +89,9 @@ def _scoring(weights_dir: Path, config: RunConfig) -> Scoring | None:
 def freeze(prepared: Prepared) -> RunDir:
     """The run folder, written now or found, and what is measured of it, which may have changed since."""
     run = _freeze_run(prepared)
+    environment, weights_dir = run.environment(), prepared.environment.weights_dir
+    if environment.weights_dir != weights_dir:  # moved since: the same by their fingerprints
+        _write_environment(run, replace(environment, weights_dir=weights_dir))
     if prepared.scoring != run.scoring():
         config = run.config().model_copy(update={"score": prepared.config.score})
         write_text(run.config_path, dump_settings(config))
@@ -111,7 +115,7 @@ def _freeze_run(prepared: Prepared) -> RunDir:
         write_text(scratch.manifest_path, dumps_manifest(item for items in prepared.shards for item in items))
         for shard, items in enumerate(prepared.shards):
             write_text(scratch.shard_path(shard), dumps_manifest(items))
-        write_text(scratch.environment_path, json.dumps(asdict(prepared.environment), indent=1) + "\n")
+        _write_environment(scratch, prepared.environment)
         os.rename(scratch.root, run.root)
     except OSError:
         shutil.rmtree(scratch.root, ignore_errors=True)
@@ -121,10 +125,26 @@ def _freeze_run(prepared: Prepared) -> RunDir:
     return run
 
 
+def _write_environment(run: RunDir, environment: Environment) -> None:
+    write_text(run.environment_path, json.dumps(asdict(environment), indent=1) + "\n")
+
+
 def with_templates(config: RunConfig) -> RunConfig:
     """The config with its templates' text in place of their names, so that the digest covers what the LLM is told."""
     texts = {name: read_template(getattr(config.decouple, name)) for name in ("spatial_template", "temporal_template")}
     return config.model_copy(update={"decouple": config.decouple.model_copy(update=texts)})
+
+
+def _with_absolute_testset(config: RunConfig) -> RunConfig:
+    """The frozen settings are submitted again, from whatever folder."""
+    path = str(Path(config.testset.path).absolute())
+    return config.model_copy(update={"testset": config.testset.model_copy(update={"path": path})})
+
+
+def run_name(config: RunConfig, digest: str) -> str:
+    """The name of a run's folder, by which alone a submission finds it again."""
+    name = f"{config.name}-rehearsal" if config.rehearsal.enabled else config.name
+    return f"{name}-{digest[:8]}"
 
 
 def default_num_shards(items: tuple[Item, ...]) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from ipt2v.run_dir import STAGES, RunDir
 from launch.evidence import find_shard
 from launch.fault_text import printable
+from launch.freeze import run_name
 from launch.progress import ranges
 from launch.queue import live_elements, submissions
 
@@ -27,8 +28,9 @@ class Retried:
 def retry(run: RunDir, keys: Iterable[str], stages: tuple[str, ...] = STAGES) -> list[Retried]:
     """Put aside what keeps the items from being made; those that nothing kept are left out. Without keys, all that have failed.
 
-    Raises ValueError for an item that the run does not have, before anything is moved.
+    Raises ValueError for an item that the run does not have, or settings that were changed, before anything is moved.
     """
+    run.config()
     chosen = list(dict.fromkeys(keys))
     for key in chosen:
         find_shard(run, key)
@@ -66,21 +68,44 @@ def retry_lines(run: RunDir, retried: list[Retried]) -> list[str]:
         crashes = f"{one.num_crashes} crash notes" if one.num_crashes else ""
         said = ", ".join(filter(None, (*(f"failed in {stage}" for stage in one.stages), crashes)))
         lines.append(f"{printable(one.key)}: {said}; put aside")
+    lines += rename_lines(run)
     return [*lines, f"{len(retried)} items are made again by: {submit_command(run)}", *_busy_lines(run, retried)]
 
 
+def submitted_root(run: RunDir) -> Path:
+    """The folder that a submission of the frozen settings goes on with: this one, unless it has been renamed."""
+    root, name = run.root.absolute(), run_name(run.config(), run.environment().run_digest)
+    if root.resolve().name == name:  # the other may be a link, or end in ".."
+        return root if root.name == name else root.resolve()
+    return root.with_name(name)
+
+
+def rename_lines(run: RunDir) -> list[str]:
+    """What comes before submit_command if the folder has been renamed; without it, a new run would be made from nothing."""
+    root, target = run.root.absolute(), submitted_root(run)
+    if root.resolve() == target.resolve():
+        return []
+    why = f"{root} has been renamed, but submit finds a run by the name of its folder"
+    if target.exists():
+        return [f"{why}: {target} is what it would go on with; move that away, then rename this one back to {target.name}"]
+    return [f"{why}: first rename it back, by: {shlex.join(['mv', str(root), str(target)])}"]
+
+
 def submit_command(run: RunDir) -> str:
-    """The command that goes on with a run: the frozen settings are the same run wherever they are read from."""
-    known = submissions(run)
+    """The command that goes on with a run: the frozen settings are the same run wherever they are read from.
+
+    Of a renamed run it is right after what rename_lines says.
+    """
+    known, root = submissions(run), submitted_root(run)
     weights, place = run.environment().weights_dir, known[-1].place if known else "slurm"
     words = [
         "ipt2v",
         "submit",
-        str(run.config_path),
+        str(RunDir(root).config_path),
         "--weights",
         weights,
         "--runs",
-        str(run.root.absolute().parent),
+        str(root.parent),
         "--on",
         place,
     ]

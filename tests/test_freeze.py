@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from helpers import demo_config, write_fake_weights, write_tree
 
 from ipt2v.config import parse_settings
 from ipt2v.prompts import FOLDER
-from ipt2v.run_dir import RunDir
+from ipt2v.run_dir import WEIGHTS_DIR_VARIABLE, RunDir
+from ipt2v.work import open_work
 from launch.freeze import Prepared, freeze, prepare
 
 
@@ -82,6 +84,28 @@ def test_a_moved_test_set_is_the_same_run(place: Path) -> None:
     (place / "testset").rename(place / "moved")
     (place / "testset").symlink_to(place / "nowhere")
     assert prepared(place, f"testset.path={place / 'moved'}").run == before
+
+
+def test_a_relative_test_set_is_the_same_run_and_is_frozen_absolute(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    absolute = prepared(place)
+    monkeypatch.chdir(place)
+    relative = prepared(place, "testset.path=testset")
+    assert (relative.run, relative.environment.run_digest) == (absolute.run, absolute.environment.run_digest)
+    run = freeze(relative)
+    assert run.config().testset.path == str(place / "testset")
+    monkeypatch.chdir("/")
+    again = prepare(run.config(), weights_dir=place / "weights", runs_dir=place / "runs")
+    assert again.run == run and freeze(again) == run
+
+
+def test_a_run_that_was_frozen_with_a_relative_test_set_stays_valid(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = freeze(prepared(place))
+    run.config_path.write_text(run.config_path.read_text().replace(str(place / "testset"), "testset"))
+    assert run.config().testset.path == "testset"
+    monkeypatch.chdir(place)
+    for overrides in ((), ("testset.path=testset",)):
+        again = prepared(place, *overrides)
+        assert again.run == run and freeze(again) == run
 
 
 def test_a_missing_weights_file_is_named_with_its_source(place: Path) -> None:
@@ -162,6 +186,43 @@ def test_freezing_again_gives_the_same_folder_and_touches_nothing(place: Path) -
 def test_a_run_that_is_there_keeps_its_shards(place: Path) -> None:
     freeze(prepared(place, num_shards=2))
     assert len(prepared(place).shards) == 2
+
+
+def test_a_run_follows_weights_that_were_moved(place: Path) -> None:
+    run = freeze(prepared(place))
+    before, files = run.environment(), snapshot(run.root)
+    (place / "weights").rename(place / "moved")
+    one = prepare(demo_config(place / "testset"), weights_dir=place / "moved", runs_dir=place / "runs")
+    assert snapshot(run.root) == files, "preparing writes nothing"
+    assert one.environment.weights_dir == str(place / "moved")
+    assert freeze(one) == run
+    assert run.environment() == replace(before, weights_dir=str(place / "moved"))
+    after = snapshot(run.root)
+    assert {name for name in after if after[name] != files.get(name)} == {str(run.root), str(run.environment_path)}
+
+
+def test_weights_that_are_not_whole_are_not_followed(place: Path) -> None:
+    run = freeze(prepared(place))
+    with pytest.raises(ValueError, match="is missing"):
+        prepare(demo_config(place / "testset"), weights_dir=place / "nowhere", runs_dir=place / "runs")
+    assert run.environment().weights_dir == str(place / "weights")
+
+
+def test_a_job_reads_and_scores_with_the_weights_where_they_are_now(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(WEIGHTS_DIR_VARIABLE, raising=False)
+    run = freeze(prepared(place))
+    (place / "weights").rename(place / "moved")
+    freeze(prepare(demo_config(place / "testset"), weights_dir=place / "moved", runs_dir=place / "runs"))
+    for stage in ("first_frame", "video", "score"):
+        assert open_work(run, stage, 0).weights_dir == place / "moved"
+
+
+def test_a_rehearsal_follows_no_weights(place: Path) -> None:
+    config = demo_config(place / "testset", "rehearsal.enabled=true")
+    run = freeze(prepare(config, weights_dir=place / "none", runs_dir=place / "runs"))
+    before = snapshot(run.root)
+    freeze(prepare(config, weights_dir=place / "others", runs_dir=place / "runs"))
+    assert snapshot(run.root) == before
 
 
 def test_another_number_of_shards_is_refused(place: Path) -> None:

@@ -10,10 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from conftest import Call
+from helpers import ROOT, frozen_run
 
-from ipt2v.config import RunConfig, load_settings
-from ipt2v.table import PAPER_ROWS, Line, Scored, as_csv, as_json, as_markdown, interval, make_table
+from ipt2v.atomic import write_text
+from ipt2v.config import AcceptConfig, RunConfig, ScoreConfig, Scoring, load_settings
+from ipt2v.records import Score
+from ipt2v.score_dir import write_scores
+from ipt2v.table import PAPER_ROWS, Line, Scored, as_csv, as_json, as_markdown, interval, make_table, scored
 
 CONFIGS = ROOT / "configs"
 
@@ -45,6 +49,54 @@ def test_there_is_no_difference_between_what_other_weights_have_measured() -> No
     first, other = (run_of(name, "table1/r2v.yaml", oc={"a/1": 0.5}) for name in ("one", "two"))
     other = replace(other, scorers={"oc": "another"})
     assert make_table([first, other])[-1].cells[0].mean is None
+
+
+def row_of(key: str, metric: str, value: float, scorer: str, created: str) -> Score:
+    values = {"key": key, "metric": metric, "value": value, "scorer": scorer, "created": created}
+    return Score(**values, reason=None, seconds=1.0, device="cpu", video_sha256="0" * 64)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kept_key", ["id001/prompt1", "id002/prompt2"])  # the first row, or the last
+def test_what_an_older_scorer_has_measured_of_a_kept_take_is_no_value(tmp_path: Path, kept_key: str) -> None:
+    run = frozen_run(tmp_path)
+    run.save_scoring(Scoring(config=ScoreConfig(metrics=("dd",), accept=AcceptConfig(at_least={"dd": 0.9})), weights={}))
+    store, take = run.scores(), run.takes_path(kept_key) / "1"
+    assert store is not None
+    write_scores(take / "scores.csv", [row_of(kept_key, "dd", 0.5, "old", "2025")])
+    for item in run.manifest():
+        write_text(run.mp4_path(item.key), "a video")
+        store.finish(item.key, [row_of(item.key, "dd", 0.25, "new", "2026")])
+    found = scored(run)
+    assert found.scorers == {"dd": "new"}
+    assert found.values["dd"] == {item.key: None if item.key == kept_key else 0.25 for item in run.manifest()}
+
+
+def test_a_run_that_has_kept_takes_alone_has_their_scores(tmp_path: Path) -> None:
+    run = frozen_run(tmp_path)
+    run.save_scoring(Scoring(config=ScoreConfig(metrics=("dd",)), weights={}))
+    for key, scorer, year in (("id001/prompt1", "new", "2026"), ("id002/prompt1", "old", "2025")):
+        write_scores(run.takes_path(key) / "1" / "scores.csv", [row_of(key, "dd", 0.5, scorer, year)])
+    found = scored(run)
+    assert (found.scorers, found.values["dd"]) == ({"dd": "new"}, {"id001/prompt1": 0.5, "id002/prompt1": None})
+
+
+def test_what_has_had_all_its_takes_is_not_said_to_be_made_again(tmp_path: Path, ipt2v: Call) -> None:
+    run, rules = frozen_run(tmp_path), AcceptConfig(at_least={"dd": 0.9}, max_takes=2)
+    run.save_scoring(Scoring(config=ScoreConfig(metrics=("dd",), accept=rules), weights={}))
+    store, used_up = run.scores(), "id001/prompt1"
+    assert store is not None
+    for item in run.manifest()[:2]:
+        write_text(run.mp4_path(item.key), "a video")
+        store.finish(item.key, [row_of(item.key, "dd", 0.25, "new", "2026")])
+    write_scores(run.takes_path(used_up) / "1" / "scores.csv", [row_of(used_up, "dd", 0.5, "new", "2025")])
+    found = scored(run)
+    assert (found.num_rejected, found.num_used_up) == (2, 1)
+    text = ipt2v("table", run.root).out
+    assert f"{run.root.name}: 1 videos are rejected; `ipt2v submit CONFIG --rejected` makes them again\n" in text
+    told = "1 videos are rejected and have had all takes (score.accept.max_takes): the best of them is delivered"
+    assert f"{run.root.name}: {told}\n" in text
+    run.save_scoring(Scoring(config=ScoreConfig(metrics=("dd",), accept=rules.model_copy(update={"max_takes": 1})), weights={}))
+    assert "makes them again" not in ipt2v("table", run.root).out
 
 
 def test_an_interval_is_over_people() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -12,18 +12,18 @@ from pathlib import Path
 import h5py
 import pytest
 from conftest import Answer, Call
-from helpers import ROOT, demo_config, write_tree
-from test_package import RECORD_FAULTS, VIDEO_FAULTS, Plant, cut, finished, flip_latents, put_in_stray, run, videos
+from helpers import ROOT, demo_config, frozen_run, write_tree
+from test_package import RECORD_FAULTS, VIDEO_FAULTS, Plant, cut, deliver, finished, flip_latents, put_in_stray, run, videos
 
 from ipt2v import hdf5
-from ipt2v.package import write_package
+from ipt2v.package import RefusedError, write_package
 from ipt2v.package_look import frozen_faults, look_at
 from ipt2v.package_reading import ToRead, Unreadable, read_all
 from ipt2v.package_settings import load_rules
-from ipt2v.records import Score
+from ipt2v.records import Failure, Score
 from ipt2v.run import run_shard
-from ipt2v.run_dir import RunDir, Scoring
-from ipt2v.verify import repair, strict, verdict
+from ipt2v.run_dir import RECORDED_STAGES, RunDir, Scoring
+from ipt2v.verify import failed_items, repair, strict, verdict
 from launch.freeze import freeze, prepare
 
 __all__ = ["finished", "run", "videos"]  # fixtures
@@ -208,6 +208,18 @@ def test_after_a_repair_just_the_broken_is_made_again(
     assert lines_of(rehearsed) == []
 
 
+def test_a_folder_that_is_called_like_a_file_of_the_run_is_none(tmp_path: Path, videos: list[Path]) -> None:
+    """Identities may have such names: nothing of theirs is put aside, and their scores are read."""
+    write_tree(tmp_path / "testset", ("x.mp4", "y.csv"))
+    run = deliver(frozen_run(tmp_path), videos)
+    run.save_scoring(Scoring(config=run.config().score.model_copy(update={"metrics": ("ms",)}), weights={}))
+    store = run.scores()
+    assert store is not None
+    for item in run.manifest():
+        store.finish(item.key, [score_of(item.key, hashlib.sha256(run.mp4_path(item.key).read_bytes()).hexdigest())])
+    assert lines_of(run) == []
+
+
 def score_of(key: str, sha256: str) -> Score:
     values = {"key": key, "metric": "ms", "scorer": "x", "device": "cpu", "created": "", "video_sha256": sha256}
     return Score(**values, value=0.5, reason=None, seconds=1.0)
@@ -260,12 +272,72 @@ def test_nothing_is_put_aside_of_a_run_that_somebody_works_on(rehearsed: RunDir,
     assert not (rehearsed.root / "broken").exists()
 
 
-def test_a_missing_video_says_why(finished: RunDir) -> None:
-    failure = {"key": "id001/prompt1", "stage": "video", "reason": "3 elements crashed in it"}
-    finished.failure_path("video", "id001/prompt1").parent.mkdir(parents=True)
-    finished.failure_path("video", "id001/prompt1").write_text(json.dumps(failure))
-    finished.mp4_path("id001/prompt1").unlink()
-    hdf5.seal(finished.sealed_path("video", 0), [("id001/prompt2", finished.sealed_path("video", 0))])
-    assert lines_of(finished) == [
-        "video/id001/prompt1.mp4: missing: failed in video: 3 elements crashed in it; made by the next submission"
-    ]
+def fail(run: RunDir, stage: str, reason: str) -> None:
+    """id001/prompt1 has failed in a stage: it has no video."""
+    run.save_failure(Failure(key="id001/prompt1", stage=stage, reason=reason))
+    run.mp4_path("id001/prompt1").unlink()
+    for made in RECORDED_STAGES[RECORDED_STAGES.index(stage) :]:
+        hdf5.seal(run.sealed_path(made, 0), [("id001/prompt2", run.sealed_path(made, 0))])
+
+
+def test_an_item_that_has_failed_in_video_is_made_after_a_retry(finished: RunDir, ipt2v: Call) -> None:
+    fail(finished, "video", "3 elements crashed in it")
+    lines = ipt2v("verify", finished.root).out.splitlines()
+    remedy = f"`ipt2v retry {finished.root} --failed`, then submit, makes it"
+    assert lines[0] == f"video/id001/prompt1.mp4: missing: failed in video: 3 elements crashed in it; {remedy}"
+    assert lines[2:4] == ["made again by:", f"  ipt2v retry {finished.root} --failed"]
+    assert lines[4].startswith(f"  ipt2v submit {finished.config_path} ") and len(lines) == 5
+
+
+def test_the_commands_for_a_failed_item_make_it(rehearsed: RunDir, ipt2v: Call) -> None:
+    fail(rehearsed, "video", "3 elements crashed in it")
+    retry, submit = ipt2v("verify", rehearsed.root).out.splitlines()[-2:]
+    assert ipt2v(*shlex.split(retry)[1:]).code == 0
+    words = shlex.split(submit.removesuffix(" --cluster FILE"))
+    words[words.index("--on") + 1] = "here"
+    assert ipt2v(*words[1:]).code == 0
+    assert ipt2v("verify", rehearsed.root).code == 0
+
+
+def test_what_is_broken_is_put_aside_before_what_has_failed_is_retried(finished: RunDir, ipt2v: Call) -> None:
+    fail(finished, "video", "3 elements crashed in it")
+    cut(finished.mp4_path(ITEM), 0.5)
+    commands = ipt2v("verify", finished.root).out.partition("made again by:\n")[2].splitlines()
+    assert [command.split()[1] for command in commands] == ["verify", "retry", "submit"]
+    commands = ipt2v("verify", finished.root, "--repair").out.partition("made again by:\n")[2].splitlines()
+    assert [command.split()[1] for command in commands] == ["retry", "submit"]
+
+
+def test_a_photo_that_failed_is_said_to_fail_again_and_a_changed_one_to_be_another_run(finished: RunDir) -> None:
+    fail(finished, "first_frame", "it cannot be decoded; replace the photo")
+    (line,) = lines_of(finished)
+    assert f"failed in first_frame: it cannot be decoded; replace the photo; `ipt2v retry {finished.root} --failed`" in line
+    assert "with the same photo it fails again" in line and f"`ipt2v package RUN2 --fill {finished.root}`" in line
+    assert "made by the next submission" not in line
+
+
+def test_a_video_that_failed_of_a_broken_first_frame_needs_the_repair_alone(finished: RunDir) -> None:
+    fail(finished, "video", "its first frame cannot be read")
+    lose_first_frame(finished)
+    assert "made by the next submission" in "".join(lines_of(finished))
+    assert failed_items(look_at(finished, RULES)) == {}
+
+
+def lose_first_frame(run: RunDir) -> None:
+    with h5py.File(run.sealed_path("first_frame", 0), "r+") as file:
+        del file["items/id001/prompt1"]
+
+
+def test_a_run_with_another_photo_is_packed_with_the_videos_of_the_one_that_failed(tmp_path: Path, videos: list[Path]) -> None:
+    """As verify and `why` say: the other way round is refused, as the photos differ."""
+    run = deliver(frozen_run(tmp_path), videos)
+    fail(run, "first_frame", "it cannot be decoded; replace the photo")
+    photo = tmp_path / "testset" / "id001" / "image.png"
+    photo.write_bytes((tmp_path / "testset" / "id002" / "image.png").read_bytes())
+    other = deliver(frozen_run(tmp_path), videos)
+    assert other.root != run.root
+    other.mp4_path(ITEM).unlink()
+    assert write_package(other, fill=run).filled.keys() == {ITEM}
+    with pytest.raises(RefusedError) as refused:
+        write_package(run, fill=other)
+    assert any("id001/prompt1: not to be filled from here: another prompt or photo" in line for line in refused.value.lines)

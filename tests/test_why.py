@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
+import subprocess
 import threading
 import time
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from launch.cluster import Cluster, Resources
 from launch.evidence import ago, bad_nodes, collect, gather, tail
 from launch.logs import follow
 from launch.queue import Submitted, remember
-from launch.retry import submit_command
+from launch.retry import rename_lines, submit_command
 
 CUDA_OOM = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB."
 GLOO_CLOSED = "[rank0]: RuntimeError: [/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:32490."
@@ -157,7 +159,14 @@ def test_a_failed_item_has_its_reason_and_the_way_back(ipt2v: Call, run: RunDir)
     run.save_failure(Failure(key="id002/prompt1", stage="first_frame", reason="no face \x1b[2J larger than 64 px"))
     text = ipt2v("why", run.root, "id002/prompt1").out
     assert "first_frame  failed: no face  larger than 64 px\n" in text
-    assert f"to do: `ipt2v retry {run.root} id002/prompt1`, then submit, makes it again" in text
+    assert f"to do: `ipt2v retry {run.root} id002/prompt1`, then submit, tries it again;" in text
+    assert "with the same photo it fails again, with another one it is another run, RUN2" in text
+    assert f"`ipt2v package RUN2 --fill {run.root}`" in text
+    ipt2v("retry", run.root, "--failed")
+    write_first_frame(run, "id002/prompt1")
+    run.save_failure(Failure(key="id002/prompt1", stage="video", reason="3 elements crashed in it"))
+    text = ipt2v("why", run.root, "id002/prompt1").out
+    assert f"to do: `ipt2v retry {run.root} id002/prompt1`, then submit, makes it again\n" in text and "photo" not in text
 
 
 def test_of_a_delivered_item_nothing_is_left_to_do(ipt2v: Call, run: RunDir) -> None:
@@ -367,10 +376,55 @@ def test_a_wrong_retry_moves_nothing(ipt2v: Call, run: RunDir, words: list[str],
     assert len(run.failures()) == 1
 
 
+def test_a_retry_of_a_run_with_changed_settings_moves_nothing(ipt2v: Call, run: RunDir) -> None:
+    run.save_failure(Failure(key="id001/prompt1", stage="video", reason="x"))
+    run.config_path.write_text(run.config_path.read_text().replace("fps: 16", "fps: 24"))
+    answer = ipt2v("retry", run.root, "--failed")
+    assert answer.code == 2 and "config.yaml: digest" in answer.err
+    assert len(run.failures()) == 1
+
+
 def test_the_command_that_retry_prints_goes_on_with_the_same_run(ipt2v: Call, run: RunDir) -> None:
     words = shlex.split(submit_command(run).removesuffix(" --cluster FILE"))
     text = ipt2v("plan", *words[2:], "--on", "local").out
     assert text.startswith(f"run    {run.root} (goes on)\n")
+
+
+def test_that_command_can_be_read_from_any_folder(ipt2v: Call, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.root.parent)
+    words = shlex.split(submit_command(RunDir(Path(run.root.name))).removesuffix(" --cluster FILE"))
+    monkeypatch.chdir("/")
+    assert ipt2v("plan", *words[2:], "--on", "local").out.startswith(f"run    {run.root} (goes on)\n")
+
+
+@pytest.mark.parametrize("command", ["retry", "verify"])
+def test_a_renamed_run_is_to_be_renamed_back_first(ipt2v: Call, run: RunDir, command: str) -> None:
+    """Else the command would make a new run from nothing."""
+    run.save_failure(Failure(key="id001/prompt1", stage="video", reason="x"))
+    renamed = RunDir(run.root.with_name("final run"))
+    run.root.rename(renamed.root)
+    text = ipt2v(command, renamed.root, *(["--failed"] if command == "retry" else [])).out
+    rename = shlex.join(["mv", str(renamed.root), str(run.root)])
+    assert f"first rename it back, by: {rename}\n" in text
+    assert text.index(rename) < text.index(f"ipt2v submit {run.config_path} ")
+    assert f"ipt2v submit {renamed.root}" not in text
+    subprocess.run(["/bin/mv", *shlex.split(rename)[1:]], check=True)
+    words = shlex.split(submit_command(run).removesuffix(" --cluster FILE"))
+    assert ipt2v("plan", *words[2:], "--on", "local").out.startswith(f"run    {run.root} (goes on)\n")
+
+
+def test_a_renamed_run_is_not_moved_into_another(run: RunDir) -> None:
+    renamed = RunDir(run.root.with_name("final"))
+    shutil.copytree(run.root, renamed.root)
+    (line,) = rename_lines(renamed)
+    assert f"{run.root} is what it would go on with; move that away" in line
+    assert rename_lines(run) == []
+
+
+def test_a_run_behind_a_link_has_its_name(run: RunDir) -> None:
+    link = RunDir(run.root.with_name("latest"))
+    link.root.symlink_to(run.root.name)
+    assert rename_lines(link) == [] and submit_command(link) == submit_command(run)
 
 
 # --- logs -----------------------------------------------------------------------------------------------------------------
