@@ -64,7 +64,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="show what is written, until the element is over")] = False,
 ) -> None:
     """Print the logs of one rank of one shard, oldest submission first; or list all logs, those of failed elements first."""
-    from ipt2v.run_dir import RunDir
+    from ipt2v.run_dir import STAGES, VERIFY_SPLIT, RunDir
     from launch.evidence import gather
     from launch.logs import follow as follow_logs
     from launch.logs import list_logs, print_logs
@@ -77,6 +77,8 @@ def logs(
             raise ValueError("logs: name STAGE and SHARD, as in `ipt2v logs RUN video 3`; with neither, all logs are listed")
         print("\n".join(list_logs(gather(opened))) or f"{run}: no log yet; `ipt2v status {run}` tells what has started")
         return
+    if stage not in (known := (*STAGES, VERIFY_SPLIT)):
+        raise ValueError(f"logs: stage {stage!r} unknown; known: {', '.join(known)}")
     opened.shard(shard)
     if follow:
         try:
@@ -146,7 +148,7 @@ def retry(
 def cancel(run: RunArgument) -> None:
     """Cancel what waits or runs of a run. Finished items stay; `submit` goes on with the rest."""
     from ipt2v.run_dir import RunDir
-    from launch.lock import Locked, run_lock
+    from launch.lock import Locked, end_local_driver, run_lock
     from launch.queue import cancel as cancel_jobs
 
     opened = RunDir(run)
@@ -157,5 +159,6 @@ def cancel(run: RunArgument) -> None:
     except Locked as error:
         if not error.what.endswith(("--on local", "--on here")):  # those stay for as long as the run takes
             raise
-        ids = cancel_jobs(opened)
+        end_local_driver(opened, error)  # else it would start the next element
+        ids = [f"`ipt2v {error.what}` (process {error.pid})", *cancel_jobs(opened)]
     print(f"cancelled {', '.join(ids)}" if ids else "nothing to cancel: no job of this run waits or runs")

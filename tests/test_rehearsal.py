@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import demo_config, write_tree
-from main_job import ipt2v, run_folder
+from helpers import ROOT, demo_config, write_tree
+from main_job import BIN, ipt2v, run_folder
 
 from ipt2v.models.catalogue import folders
 from ipt2v.mp4 import inspect_mp4
 from ipt2v.parallel import Group
 from ipt2v.records import Failure, FirstFrame, Item, Made
 from ipt2v.run import run_shard
+from ipt2v.run_dir import RunDir
 from ipt2v.stages.rehearsal import (
     CAPTION_SHARE,
     NOTE,
@@ -147,3 +150,29 @@ def test_a_rehearsal_has_a_folder_of_its_own_and_is_packed_like_a_run(tmp_path: 
     plan = ipt2v("plan", CONFIG, *words[2:4], "--on", "slurm", "--runs", tmp_path / "runs")
     assert "nothing to submit" in plan and "(goes on)" in plan
     assert "weights" in ipt2v("plan", CONFIG, words[2], "--on", "here", "--weights", tmp_path / "none", expect=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["here", "local"])
+def test_cancel_ends_a_run_on_this_machine_with_who_drives_it(tmp_path: Path, place: str) -> None:
+    write_tree(tmp_path / "testset")
+    words = ["submit", CONFIG, f"testset.path={tmp_path / 'testset'}", "--rehearse", "rehearsal.seconds=60", "--on", place]
+    words += ["--weights", str(tmp_path / "none"), "--runs", str(tmp_path / "runs"), "--shards", "2"]
+    with subprocess.Popen([BIN / "ipt2v", *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as driver:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("runs/*/video/leases/*/*.lease")):
+            assert time.monotonic() < deadline and driver.poll() is None
+            time.sleep(0.1)
+        (run,) = (RunDir(path) for path in (tmp_path / "runs").iterdir() if not path.name.startswith("."))
+        said = ipt2v("cancel", run.root)
+        assert driver.wait(30) == -signal.SIGTERM
+    assert f"`ipt2v submit --on {place}` (process {driver.pid})" in said
+    assert "nothing to cancel" in ipt2v("cancel", run.root)
+    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(run.root) in read(path)]
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # a process that has ended
+        return ""
