@@ -336,6 +336,33 @@ class RunConfig(Settings):
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
+_MERGE_TAG = "tag:yaml.org,2002:merge"  # of the key <<, which may stand twice: all of them count
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, but for a key that stands twice in one mapping: the last would win, and the first be lost."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # here, not where mappings are constructed: << has put the keys of others among them by then
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE_TAG:
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                raise ValueError(f"line {line}: found the key {key.value!r} again, first in line {lines[name]}; keep one")
+            lines[name] = line
+        return node
+
+
+def _load_yaml(text: str) -> Any:
+    """What YAML text says. Raises yaml.YAMLError or ValueError if it is not readable."""
+    try:
+        return yaml.load(text, _StrictLoader)  # a SafeLoader, with no constructor more
+    except RecursionError:
+        raise ValueError("blocks or brackets are nested too deeply") from None
+
 
 def load_settings(kind: type[SettingsT], path: Path, overrides: tuple[str, ...] = ()) -> SettingsT:
     """The settings in a YAML file, with `key.sub=value` overrides on top.
@@ -343,9 +370,11 @@ def load_settings(kind: type[SettingsT], path: Path, overrides: tuple[str, ...] 
     Raises ValueError, one line, naming file and key, if the file is absent, no YAML mapping, or does not fit `kind`.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such settings file") from None
+    except OSError as error:  # a folder, a name that is too long, no permission
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); name a YAML file that you may read") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no UTF-8, a date that does not exist
         raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -392,7 +421,7 @@ def _set_value(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise ValueError(f"override {override!r}: {block} is a value, not a block of keys")
     try:
-        values[last] = yaml.safe_load(text)
+        values[last] = _load_yaml(text)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"override {override!r}: value not readable as YAML: {' '.join(str(error).split())}") from None
 

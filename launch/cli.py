@@ -120,7 +120,7 @@ def submit(  # noqa: PLR0913, PLR0917 - options of a command line
     from launch.rejects import reject
 
     prepared, site = _prepare(config, _rehearsed(overrides, rehearse), cluster, shards, weights, runs)
-    _check_ranks(prepared, site, on)
+    _check_submission(prepared, site, on, rejected=rejected)
     run = freeze(prepared)
     print(f"run    {run.root}", flush=True)
     with run_lock(run, f"submit --on {on}"):
@@ -213,7 +213,7 @@ def preflight(
         raise ValueError("preflight: one process says nothing of nodes; --on slurm, or --on local for this machine")
     site = load_cluster(cluster)
     settings = load_settings(RunConfig, config, tuple(overrides or ())) if config else None
-    folders = {"runs_dir": runs or Path(site.runs_dir), "weights_dir": weights or Path(site.weights_dir)}
+    folders = {"runs_dir": _free_for_a_folder(runs or Path(site.runs_dir)), "weights_dir": weights or Path(site.weights_dir)}
     prepared = prepare(site, config=settings, num_elements=elements, on_slurm=on == Place.slurm, **folders)
     try:
         code = look_at_nodes(prepared)
@@ -233,7 +233,8 @@ def demo(
     """Run the whole system on two photographs and toy weights: all three arrays, package, table, and a page to look at."""
     from launch.demo import SCORES, prepare_demo
 
-    testset, weights = prepare_demo(folder)
+    _check_demo_settings(config, cluster)  # before anything is written
+    testset, weights = prepare_demo(_free_for_a_folder(folder))
     overrides = [f"testset.path={testset}", SCORES]
     submit(config, overrides, on, cluster, None, weights, folder / "runs", wait=True)
     prepared, _ = _prepare(config, overrides, cluster, None, weights, folder / "runs")
@@ -269,13 +270,40 @@ def _prepare(
     from launch.freeze import prepare
 
     site = load_cluster(cluster)
+    runs_dir = _free_for_a_folder(runs or Path(site.runs_dir))
     prepared = prepare(
         load_settings(RunConfig, config, tuple(overrides or ())),
         weights_dir=weights or Path(site.weights_dir),
-        runs_dir=runs or Path(site.runs_dir),
+        runs_dir=runs_dir,
         num_shards=shards or site.num_shards,
     )
     return prepared, site
+
+
+def _free_for_a_folder(folder: Path) -> Path:
+    """`folder`, which is one or can become one. Raises ValueError, naming what is in the way, if it cannot."""
+    for path in (folder, *folder.parents):
+        try:
+            if path.is_dir():
+                break
+            if path.exists():
+                raise ValueError(f"{folder}: expected a folder, but {path} is a file; name another, or move the file away")
+        except OSError as error:  # a name that is too long, no permission
+            raise ValueError(f"{folder}: cannot be a folder ({error.strerror}); name another") from None
+    return folder
+
+
+def _check_demo_settings(config: Path, cluster: Path | None) -> None:
+    """Raises ValueError if the demo's settings are not there, or not right."""
+    from ipt2v.config import RunConfig, load_settings
+    from launch.cluster import load_cluster
+
+    for path in (config, cluster):
+        if path is not None and not path.exists():
+            where = "demo reads configs/, so call it in the repository's root, or name --config and --cluster"
+            raise ValueError(f"{path}: no such settings file; {where}")
+    load_settings(RunConfig, config, ("testset.path=demo",))
+    load_cluster(cluster)
 
 
 def _rehearsed(overrides: list[str] | None, rehearse: bool) -> list[str]:
@@ -302,6 +330,14 @@ def _check_ranks(prepared: Prepared, site: Cluster, on: Place) -> None:
 
             check_slices(weights_dir / config.decouple.model, site.first_frame.num_tasks)
         _split(prepared, site)
+
+
+def _check_submission(prepared: Prepared, site: Cluster, on: Place, *, rejected: bool) -> None:
+    """Raises ValueError, before anything is written, if there is something that a submission cannot do."""
+    _check_ranks(prepared, site, on)
+    accept = prepared.config.score.accept
+    if rejected and not (accept.at_least or accept.at_most):
+        raise ValueError("--rejected: no rules to reject by; set score.accept.at_least or at_most in the settings")
 
 
 def _split(prepared: Prepared, site: Cluster) -> tuple[Degrees, MemoryGb]:

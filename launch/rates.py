@@ -105,7 +105,7 @@ def _items_after(start: float, ends: Sequence[tuple[float, float]]) -> float:
     """Items since then. What was begun before counts in part: else the last hour would jump by an item at its edge."""
     found, before = 0.0, 0.0
     for end, items in ends:
-        if end > start:
+        if end > start or start <= 0:  # what took no time has ended when all began, in a window that is all there was
             found += items * (1.0 if before >= start else (end - start) / (end - before))
         before = end
     return found

@@ -113,7 +113,8 @@ def check(weights_dir: Path, config: RunConfig, *, hashes: bool) -> int:
         roles = all_folders(config)
         width = max([12, *map(len, roles)])
         for role, folder in roles.items():
-            print(f"{role:<{width}} {weights_dir / folder}{'  (toy weights: random)' if is_toy(weights_dir / folder) else ''}")
+            toy = "  (toy weights: random, only looked for)" if is_toy(weights_dir / folder) else ""
+            print(f"{role:<{width}} {weights_dir / folder}{toy}")
     return 1 if problems else 0
 
 
@@ -129,7 +130,9 @@ def _hash_all(weights_dir: Path, config: RunConfig) -> list[Problem]:
         seen.update(path for path, _ in files)
         hashed = [path for path, expected in files if expected and (expected.sha256 or expected.git_sha1)]
         num_bytes += sum(path.stat().st_size for path in hashed)
-        if len(hashed) < len(files):
+        if is_toy(weights_dir / folder):
+            print(f"{folder}: toy weights: no hash is known; only that each file is there, and not empty, is checked")
+        elif len(hashed) < len(files):
             print(f"{folder}: {len(files) - len(hashed)} of {len(files)} files have no known hash: their size alone is checked")
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="hash", disable=None) as bar:
         return find_problems(weights_dir, config, bar.update)

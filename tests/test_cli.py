@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import shlex
@@ -166,6 +167,62 @@ def test_a_folder_that_is_no_run_is_refused(ipt2v: Call, tmp_path: Path, words: 
     assert line.startswith(f"{tmp_path / 'nowhere'}")
 
 
+def test_a_folder_in_place_of_a_settings_file_is_wrong_input(ipt2v: Call, place: Path) -> None:
+    words = plan_words(place)
+    for wrong in (["plan", str(place), *words[2:]], [*words, "--cluster", str(place)]):
+        assert refusal(ipt2v(*wrong)) == f"{place}: cannot be read (Is a directory); name a YAML file that you may read"
+
+
+def test_a_test_set_whose_name_is_too_long_is_wrong_input(ipt2v: Call, place: Path) -> None:
+    assert "cannot be read (File name too long)" in refusal(ipt2v(*plan_words(place, f"testset.path={'x' * 300}")))
+
+
+@pytest.mark.parametrize("command", ["plan", "freeze", "submit"])
+@pytest.mark.parametrize("below", ["", "deeper/runs"])
+def test_a_file_in_place_of_the_runs_is_wrong_input_and_named(ipt2v: Call, place: Path, command: str, below: str) -> None:
+    file = place / "site.yaml"
+    words = [command, *plan_words(place)[1:], "--runs", str(file / below)]
+    line = refusal(ipt2v(*words))
+    assert line == f"{file / below}: expected a folder, but {file} is a file; name another, or move the file away"
+    assert file.read_text() == SITE
+
+
+def test_runs_whose_name_is_too_long_are_wrong_input(ipt2v: Call, place: Path) -> None:
+    line = refusal(ipt2v(*plan_words(place), "--runs", str(place / ("x" * 300))))
+    assert line.endswith("cannot be a folder (File name too long); name another")
+
+
+def test_a_full_disk_is_no_wrong_input(ipt2v: Call, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "disk full")
+
+    monkeypatch.setattr("launch.freeze.write_text", full)
+    assert ipt2v("freeze", *plan_words(place)[1:]).code == 1
+
+
+def test_rejecting_without_rules_is_refused_before_anything_is_written(ipt2v: Call, place: Path) -> None:
+    line = refusal(ipt2v("submit", *plan_words(place)[1:], "--on", "here", "--rejected"))
+    assert line == "--rejected: no rules to reject by; set score.accept.at_least or at_most in the settings"
+    assert not (place / "runs").exists()
+
+
+def test_the_demo_outside_of_the_repository_writes_nothing(
+    ipt2v: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = refusal(ipt2v("demo"))
+    assert line.startswith("configs/demo.yaml: no such settings file; demo reads configs/, so call it in the repository's root")
+    assert "configs/cluster/local.yaml: no such settings file; demo reads" in refusal(ipt2v("demo", "--config", CONFIG))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_log_of_a_misspelt_stage_is_refused_with_the_known_ones(ipt2v: Call, tmp_path: Path) -> None:
+    run = frozen_run(tmp_path)
+    line = refusal(ipt2v("logs", run.root, "vido", "0"))
+    assert line == "logs: stage 'vido' unknown; known: first_frame, video, score, verify_split"
+    assert "no log of verify_split shard 0 rank 0 yet" in refusal(ipt2v("logs", run.root, "verify_split", "0"))
+
+
 def test_the_installed_command_ends_as_main_does(place: Path) -> None:
     ended = run_command(IPT2V, *plan_words(place, "video.num_frames=80"), expect=2)
     assert ended.stdout == ""
@@ -242,6 +299,13 @@ def test_a_plan_of_a_run_that_has_failed_or_made_all_submits_nothing(ipt2v: Call
         run.save_failure(Failure(key=item.key, stage="first_frame", reason="no face"))
     text = ipt2v(*plan_words(place)).out
     assert "(goes on)" in text and "first_frame 0/4 (4 failed)" in text and "nothing to submit" in text
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_sizes_of_a_video_model_that_are_no_json_are_named(ipt2v: Call, place: Path, text: str) -> None:
+    damaged = place / "weights" / "Wan2.1-VACE-14B-diffusers" / "transformer" / "config.json"
+    damaged.write_text(text)
+    assert refusal(ipt2v(*plan_words(place))).startswith(f"video.model: weights file {damaged} is ")
 
 
 # --- status -------------------------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_a_size_that_the_network_cannot_make_names_the_nearest_ones(file: Path, 
     ],
 )
 def test_a_value_that_does_not_fit_names_file_key_and_value(file: Path, text: str, words: tuple[str, ...]) -> None:
-    file.write_text(MINIMAL + text)
+    file.write_text(("testset: {path: here}\n" if text.startswith("name:") else MINIMAL) + text)
     found = error_of(file)
     assert [word for word in (str(file), *words) if word not in found] == []
 
@@ -271,6 +271,49 @@ def test_a_file_that_is_no_mapping_says_what_it_is(file: Path, text: str, found:
 def test_a_file_that_is_no_yaml_says_so(file: Path, data: bytes) -> None:
     file.write_bytes(data)
     assert error_of(file).startswith(f"{file}: not readable as YAML: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("video: {fps: 24}\nseed: 7\nvideo: {crf: 20}\n", "line 5: found the key 'video' again, first in line 3; keep one"),
+        ("video:\n  fps: 24\n  fps: 16\n", "line 5: found the key 'fps' again, first in line 4; keep one"),
+        ("video: {fps: 24, 'fps': 16}\n", "line 3: found the key 'fps' again, first in line 3; keep one"),
+    ],
+)
+def test_a_key_that_is_written_twice_is_refused_with_both_lines(file: Path, text: str, problem: str) -> None:
+    file.write_text(MINIMAL + text)
+    assert error_of(file) == f"{file}: not readable as YAML: {problem}"
+
+
+def test_a_key_may_stand_again_in_another_block_or_over_a_merged_one(file: Path) -> None:
+    file.write_text(MINIMAL + "first_frame: &size {width: 640, height: 320}\nvideo: {<<: *size, width: 320}\n")
+    video = load_settings(RunConfig, file).video
+    assert (video.width, video.height) == (320, 320)
+
+
+def test_an_override_with_a_key_twice_is_refused(file: Path) -> None:
+    file.write_text(MINIMAL)
+    assert "found the key 'fps' again" in error_of(file, "video={fps: 24, fps: 16}")
+
+
+def test_yaml_makes_no_python_objects(file: Path) -> None:
+    file.write_text("name: !!python/object/apply:os.getcwd []\n")
+    assert error_of(file).startswith(f"{file}: not readable as YAML: could not determine a constructor")
+
+
+def test_brackets_without_end_are_not_readable(file: Path) -> None:
+    file.write_text("name: " + "[" * 3000)
+    assert error_of(file) == f"{file}: not readable as YAML: blocks or brackets are nested too deeply"
+    file.write_text(MINIMAL)
+    assert error_of(file, "name=" + "[" * 3000).endswith("not readable as YAML: blocks or brackets are nested too deeply")
+
+
+@pytest.mark.parametrize(("name", "reason"), [("", "Is a directory"), ("x" * 300, "File name too long")])
+@pytest.mark.parametrize("kind", [RunConfig, Cluster])
+def test_a_path_that_can_be_no_settings_file_is_named(tmp_path: Path, kind: type[Settings], name: str, reason: str) -> None:
+    path = tmp_path / name
+    assert error_of(path, kind=kind) == f"{path}: cannot be read ({reason}); name a YAML file that you may read"
 
 
 @pytest.mark.parametrize("override", ["video.fps", "=3", "", "video.fps=[", "video.fps.x=3", "name.x=3"])

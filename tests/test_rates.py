@@ -81,6 +81,11 @@ def test_a_run_that_is_younger_than_an_hour_has_one_rate() -> None:
     assert speed.last_hour == speed.overall == pytest.approx(60)
 
 
+def test_items_that_took_no_time_count_in_the_last_hour_too() -> None:
+    speed = found([Finished(at=START + number) for number in (0, 0, 1, 2, 3)], 0)
+    assert speed.last_hour == speed.overall == pytest.approx(5 / 3 * HOUR)
+
+
 @pytest.mark.parametrize("pause", [HOUR, DAY, 30 * DAY])
 def test_a_pause_does_not_spoil_the_rate(pause: float) -> None:
     first = one_after_the_other(10, 720)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -577,3 +578,27 @@ ERRORS_OF_NOTHING: list[Callable[[Path], object]] = [read_testset, detect_format
 def test_a_path_that_is_not_there_is_named(tmp_path: Path, call: Callable[[Path], object]) -> None:
     with pytest.raises(ValueError, match="absent: no such file or folder; give the path of a test set"):
         call(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "call", [*ERRORS_OF_NOTHING, lambda path: read_testset(path, "tree"), lambda path: read_testset(path, "csv")]
+)
+def test_a_name_that_is_too_long_is_wrong_input(tmp_path: Path, call: Callable[[Path], object]) -> None:
+    with pytest.raises(ValueError, match=r"x: cannot be read \(File name too long\); check the path and its permissions"):
+        call(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize("call", [*ERRORS_OF_NOTHING, lambda path: read_testset(path, "tree")])
+def test_a_folder_that_may_not_be_listed_is_wrong_input(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[[Path], object]
+) -> None:
+    closed, listed = tree / "anna", os.listdir
+
+    def refuse(path: Any = ".") -> Any:  # chmod does not keep root out
+        if path in (closed, str(closed)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(ValueError, match=r"anna: cannot be read \(Permission denied\); check the path and its permissions"):
+        call(tree)

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from typer.testing import CliRunner, Result
 
 from ipt2v.config import RunConfig
-from ipt2v.models.catalogue import check_weights, find_problems, folders, loads, needed_files
+from ipt2v.models.catalogue import check_weights, find_problems, folders, loads, needed_files, transformer_sizes
 from ipt2v.models.download import unpack
 from ipt2v.models.faces import PACK_FILES
 from ipt2v.models.fetch import Wanted, fetch
@@ -592,6 +592,56 @@ def test_weights_are_checked_by_hand_as_before_a_run(weights: Path) -> None:
         f"{role}.model: weights file {path} is missing" for role, path in zip(("faces", "decouple"), lost, strict=True)
     )
     assert ["ipt2v weights fetch antelopev2" in hints[0], "ipt2v weights fetch Qwen3-8B" in hints[1]] == [True, True]
+
+
+def toys(weights: Path, config: RunConfig) -> None:
+    for name in folders(config).values():
+        (weights / name / TOY_MARK).touch()
+
+
+@pytest.mark.parametrize("is_toy", [False, True])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "is empty"),
+        (b"not JSON", "is no JSON object (Expecting value: line 1 column 1 (char 0))"),
+        (b"\xff", "is no JSON object ("),
+        (b"[]", "is no JSON object (a list)"),
+    ],
+)
+def test_a_config_that_is_empty_or_no_json_is_a_problem_of_toys_too(
+    weights: Path, tmp_path: Path, is_toy: bool, content: bytes, problem: str
+) -> None:
+    config = demo_config(tmp_path)
+    if is_toy:
+        toys(weights, config)
+    damaged = weights / config.video.model / "transformer" / "config.json"
+    assert transformer_sizes(weights, config)["num_attention_heads"] > 0
+    damaged.write_bytes(content)
+    answer = ipt2v("check", CONFIG, "--weights", str(weights))
+    assert answer.exit_code == 1
+    assert answer.stderr.startswith(f"video.model: weights file {damaged} {problem}")
+    with pytest.raises(ValueError, match=r"is no JSON object .*; `ipt2v weights check` says where it comes from") as caught:
+        transformer_sizes(weights, config)
+    assert str(damaged) in str(caught.value)
+
+
+def test_an_empty_file_of_any_kind_is_a_problem_of_toys_too(weights: Path, tmp_path: Path) -> None:
+    config = demo_config(tmp_path)
+    toys(weights, config)
+    empty = weights / config.faces.model / "genderage.onnx"
+    empty.write_bytes(b"")
+    assert problems(weights, config) == [f"faces.model: weights file {empty} is empty"]
+
+
+def test_of_toys_it_is_said_that_they_are_only_looked_for(weights: Path, tmp_path: Path) -> None:
+    config = demo_config(tmp_path)
+    toys(weights, config)
+    told = ipt2v("check", CONFIG, "--weights", str(weights), "--hash").stdout
+    assert "size alone" not in told
+    for name in folders(config).values():
+        assert f"{name}: toy weights: no hash is known; only that each file is there, and not empty, is checked\n" in told
+        assert f"{weights / name}  (toy weights: random, only looked for)\n" in told
 
 
 def test_weights_are_listed_with_reader_source_and_licence() -> None:

@@ -121,10 +121,35 @@ def find_problems(weights_dir: Path, config: RunConfig, tick: Tick | None = None
         for path, _ in files:
             readers.setdefault(path, []).append(setting_of(role))
     for folder, path, expected in checks:
-        if problem := problem_of(path, expected, tick):
+        if problem := problem_of(path, expected, tick) or _text_problem(path, expected):
             text = f"{', '.join(readers[path])}: weights file {path} {problem}"
             problems.append(Problem(folder=folder, is_missing=not path.is_file(), text=text))
     return problems
+
+
+def _text_problem(path: Path, expected: Expected | None) -> str | None:
+    """What is wrong with the content of a file that is there, in words as problem_of's; of toys nothing more is looked at."""
+    if not path.stat().st_size and (expected is None or expected.size is None):
+        return "is empty"
+    if path.name == "config.json":
+        try:
+            read_config(path)
+        except ValueError as error:
+            return str(error).removeprefix(f"weights file {path} ")
+    return None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json of weights. Raises ValueError, naming it, if it is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        found = str(error)
+    else:
+        if isinstance(values, dict):
+            return values
+        found = f"a {type(values).__name__}"
+    raise ValueError(f"weights file {path} is no JSON object ({found})")
 
 
 def files_to_check(role: str, folder: Path, config: RunConfig) -> list[tuple[Path, Expected | None]]:
@@ -250,10 +275,12 @@ def _shards(index: Path) -> list[str]:
 
 
 def transformer_sizes(weights_dir: Path, config: RunConfig) -> dict[str, Any]:
-    """The config.json of the video transformer."""
+    """The config.json of the video transformer. Raises ValueError, naming it, if it is none."""
     path = weights_dir / config.video.model / "transformer" / "config.json"
-    sizes: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return sizes
+    try:
+        return read_config(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; `ipt2v weights check` says where it comes from") from None
 
 
 EDGE_BYTES = 1 << 20

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ipt2v.manifest import in_natural_order
 from ipt2v.records import Item
-from ipt2v.testsets.checks import Entry, checked_items, listing, problem, sniff_image
+from ipt2v.testsets.checks import Entry, checked_items, listing, problem, readable, sniff_image
 from ipt2v.testsets.evaljson import FILE_NAME, read_evaljson
 from ipt2v.testsets.tables import read_csv, read_jsonl
 from ipt2v.testsets.tree import identity_folders, is_identity_folder, read_tree
@@ -44,7 +44,8 @@ def read_testset(path: Path, format: str = "auto") -> tuple[Item, ...]:
     Raises ValueError at the first thing that is wrong, naming file, line, what was found and what was expected.
     """
     row = _row(detect_format(path) if format == "auto" else format)
-    items = checked_items(row.read(path))
+    with readable(path):
+        items = checked_items(row.read(path))
     if not items:
         raise problem(path, f"empty test set: no items found, reading it as {row.name!r}")
     return in_natural_order(items)
@@ -57,6 +58,11 @@ def archive_template(format: str) -> str:
 
 def detect_format(path: Path) -> str:
     """The name of a test set's format, by what its path is. Raises ValueError with what was found if that is not clear."""
+    with readable(path):
+        return _detected(path)
+
+
+def _detected(path: Path) -> str:
     if path.is_file():
         if path.suffix.lower() not in _FORMAT_OF_SUFFIX:
             raise problem(path, f"format unclear: suffix {path.suffix!r}, expected {', '.join(_FORMAT_OF_SUFFIX)}; {_choice()}")

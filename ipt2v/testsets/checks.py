@@ -10,7 +10,8 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,12 +43,20 @@ def problem(place: str | Path, text: str) -> ValueError:
     return ValueError(line.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns what the system says of a file or folder of the test set at `path` into one line: no permission, a long name."""
+    try:
+        yield
+    except OSError as error:
+        place = path if error.filename is None else Path(os.fsdecode(error.filename))
+        raise problem(place, f"cannot be read ({error.strerror}); check the path and its permissions") from error
+
+
 def read_utf8(path: Path) -> str:
     """The text of a file, without the byte order mark that some editors put first."""
-    try:
+    with readable(path):
         data = path.read_bytes()
-    except OSError as error:
-        raise problem(path, f"cannot be read ({error.strerror}); check the path and its permissions") from error
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
