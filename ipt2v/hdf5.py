@@ -14,6 +14,7 @@ renamed into place.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -31,6 +32,8 @@ from ipt2v.atomic import replacing
 from ipt2v.records import Attempt, FirstFrame, Provenance, TextEmbedding, VideoLatents
 
 CHECKSUM = "sha256"
+# What a disk or its server may say of a file with which nothing is wrong
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO, errno.EHOSTDOWN, errno.EACCES}
 _TEXTS = ("subject", "spatial_prompt", "temporal_prompt")
 _SHARED = ("temporal_text", "negative_text", "reference")  # attributes that name what several records may share
 
@@ -248,6 +251,8 @@ def _open(path: Path) -> Iterator[h5py.File]:
     except FileNotFoundError:
         raise
     except OSError as error:
+        if error.errno in _PASSING:
+            raise
         text = f"{path}: not a readable HDF5 file ({error}); delete it and submit again to make it anew"
         raise UnreadableError(text) from error
     with file:
@@ -267,6 +272,8 @@ def _item(path: Path, key: str, run_digest: str) -> Iterator[tuple[h5py.File, h5
         try:
             yield file, group
         except Exception as error:  # a damaged file makes HDF5 raise nearly anything
+            if isinstance(error, OSError) and error.errno in _PASSING:
+                raise
             text = f"{path}: record {key} is damaged ({type(error).__name__}: {_one_line(error)})"
             raise UnreadableError(f"{text}; `ipt2v verify RUN --repair` puts it aside, then submit again") from error
 

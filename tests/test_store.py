@@ -320,3 +320,18 @@ def test_an_error_that_came_from_a_full_disk_or_quota_says_so(tmp_path: Path, nu
 def test_an_error_that_is_not_of_the_disk_comes_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(PermissionError, match="mine"), replacing(tmp_path / "file"):
         raise PermissionError("mine")
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_for_a_moment_makes_no_record_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path = tmp_path / "part.h5"
+    hdf5.save_video_latents(path, video_latents("id001/prompt1"), provenance("d"))
+
+    def fail(**_: object) -> None:
+        raise OSError(number, "the disk")
+
+    monkeypatch.setattr(hdf5, "VideoLatents", fail)
+    with pytest.raises(OSError, match="the disk"):
+        hdf5.load_video_latents(path, "id001/prompt1", run_digest="d")
